@@ -1,1 +1,17 @@
-"""lethe-mini: a reference engine for Lethe, KV-cache pruning for long reasoning (arXiv 2511.06029)."""
+"""lethe-mini: a reference engine for Lethe, KV-cache pruning for reasoning (arXiv 2511.06029)."""
+
+from .engine import Engine, Generated, Result, Stats
+from .errors import UserError
+from .policy import FullKV, Lethe, Policy, Pruner
+
+__all__ = [
+    "Engine",
+    "FullKV",
+    "Generated",
+    "Lethe",
+    "Policy",
+    "Pruner",
+    "Result",
+    "Stats",
+    "UserError",
+]

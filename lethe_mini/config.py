@@ -26,6 +26,19 @@ ROPE_TYPES = {  # kind of scaling -> the numbers it needs
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds. Raises UserError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one transformer, under the names of `config.json`."""
@@ -55,13 +68,7 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise UserError(f"{path} is missing: a model folder needs config.json")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # UnicodeDecodeError is one, too
-            raise UserError(f"{path} is not JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{path} should hold a JSON object, not a {type(data).__name__}")
-        return cls.from_dict(data, where=str(path))
+        return cls.from_dict(read_json(path), where=str(path))
 
     @classmethod
     def from_dict(cls, data: dict, where: str = "config.json") -> "ModelConfig":
@@ -73,12 +80,14 @@ class ModelConfig:
             if value is None:
                 raise UserError(f"{where}: the key {key!r} is missing")
             fits = isinstance(value, (int, float) if kind is float else int)
-            if not fits or isinstance(value, bool) or not 0 < value < float("inf"):
+            limit = 1e38 if kind is float else 2**31  # what float32 and PyTorch's sizes can hold
+            if not fits or isinstance(value, bool) or not 0 < value < limit:
                 raise UserError(f"{where}: {key} should be a positive number, not {value!r}")
             return kind(value)
 
         def flag(key, default=False):
-            value = data.get(key, default)
+            value = data.get(key)
+            value = default if value is None else value
             if not isinstance(value, bool):
                 raise UserError(f"{where}: {key} should be true or false, not {value!r}")
             return value
@@ -112,8 +121,12 @@ class ModelConfig:
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise UserError(f"{where}: rope_parameters should be an object, not {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ROPE_TYPES:
+        if any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope)):
+            raise UserError(f"{where}: partial_rotary_factor is not supported; only 1.0")
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise UserError(f"{where}: RoPE that differs between layers is not supported")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if not isinstance(kind, str) or kind not in ROPE_TYPES:
             raise UserError(
                 f"{where}: RoPE type {kind!r} is not supported; "
                 f"lethe-mini runs {', '.join(ROPE_TYPES)}"
@@ -151,15 +164,20 @@ class ModelConfig:
         """Raises UserError for features that change the mathematics and are not built here."""
         if data.get("quantization_config"):
             method = data["quantization_config"]
-            method = method.get("quant_method", "?") if isinstance(method, dict) else method
+            method = method.get("quant_method") if isinstance(method, dict) else method
             raise UserError(
-                f"{where}: a quantized checkpoint ({method}) is not supported; take the "
+                f"{where}: a quantized checkpoint ({method!r}) is not supported; take the "
                 "unquantized one, or convert a GGUF with python -m lethe_mini.convert_gguf"
             )
-        layers = data.get("layer_types") or []
-        if data.get("use_sliding_window") or "sliding_attention" in layers:
+        # Qwen2's switch may be on and yet reach no layer: the window starts at max_window_layers.
+        # layer_types, where given, has the last word. The defaults are those of transformers.
+        kinds = data.get("layer_types")
+        if not kinds and data.get("use_sliding_window") and data.get("sliding_window", 4096):
+            first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
+            reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
+            kinds = [] if reaches_none else ["sliding_attention"]
+        if kinds and (not isinstance(kinds, list) or any(k != "full_attention" for k in kinds)):
             raise UserError(f"{where}: sliding-window attention is not supported")
-        if data.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UserError(f"{where}: hidden_act {data['hidden_act']!r} is not supported; only silu")
-        if data.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise UserError(f"{where}: partial_rotary_factor is not supported; only 1.0")
+        if data.get("hidden_act") not in (None, "silu", "swish"):
+            act = data["hidden_act"]
+            raise UserError(f"{where}: hidden_act {act!r} is not supported; only silu")

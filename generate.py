@@ -1,0 +1,8 @@
+"""python generate.py --lethe: a real model writes with its KV cache pruned (lethe_mini/cli.py)."""
+
+import sys
+
+from lethe_mini.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The transformer of Llama and Qwen2: `model(tokens, positions, cache) -> logits`.
+
+Parameters carry the hub's names (less the leading `model.`), so that the loader has nothing to
+translate. The cache is passed in and is the only thing that remembers; without one the model is a
+pure function of its tokens. The model knows nothing of policies: it appends keys and values to the
+cache, attends over what the cache holds, and reports to it what every key received.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attend, rope_cos_sin, rotate
+from .cache import KVCache, LayerCache
+from .config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position turns each of the D/2 pairs: (D/2,) float32, RoPE scaling applied."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
+    scaling = config.rope_scaling
+    if config.rope_type == "linear":
+        return inv_freq / scaling["factor"]
+    if config.rope_type == "llama3":
+        # Wavelengths beyond the original context are stretched by `factor`, those well within it
+        # stay, and those between are interpolated.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+    return inv_freq
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size); the mean square is taken in float32."""
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        inner, inner_kv = (
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.o_bias)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache | None
+    ) -> Tensor:
+        """x: (B, T, hidden); cos, sin: (B, 1, T, D/2); positions: (B, T) -> (B, T, hidden)."""
+        B, T, _ = x.shape
+        q, k, v = (  # (B, heads, T, D)
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            out, _ = attend(q, k, v, mask=None)
+        else:
+            mask = cache.append(k, v, positions)
+            out, mass = attend(q, cache.keys, cache.values, mask, want_mass=cache.scored)
+            cache.observe(q, mass)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *args) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def init_rope(self, device: torch.device | str) -> None:
+        """Puts the frequencies, which no checkpoint holds, on the device of the weights."""
+        self.inv_freq = inverse_frequencies(self.config).to(device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """tokens: (B, T) int64 -> logits (B, T, vocab) float32; (B, 1, vocab) with `last_only`.
+
+        positions: (B, T), the tokens' places in the text; by default they follow what the cache
+        has seen. With a cache its sequences all grow by T.
+        """
+        B, T = tokens.shape
+        if positions is None:
+            first = torch.zeros(B, device=tokens.device) if cache is None else cache.seen_tensor()
+            positions = first.long()[:, None] + torch.arange(T, device=tokens.device)
+        x = self.embed_tokens(tokens)
+        cos, sin = rope_cos_sin(positions[:, None], self.inv_freq)
+        for index, block in enumerate(self.layers):
+            layer = None if cache is None else cache.layers[index]
+            if layer is not None and layer.compact:  # there a token's angle is its slot's
+                cos, sin = rope_cos_sin(layer.next_slots(T)[:, None], layer.inv_freq)
+            x = block(x, cos, sin, positions, layer)
+        if cache is not None:
+            cache.advance(T)
+        if last_only:
+            x = x[:, -1:]
+        return self.lm_head(self.norm(x)).float()

@@ -1,0 +1,367 @@
+"""Which tokens to keep: Lethe (arXiv 2511.06029) as pure functions, and the protocol of policies.
+
+A round of pruning asks a policy three things, sequence by sequence: how a total divides over the
+layers (`weights`), how much each token matters (`importance`), and how many of them stand out
+(`salient`). Everything else is the same for all policies and done here, once, with integers:
+
+    keep = protected (sinks, prompt) + recent + the most important of the rest
+
+Policies are frozen: whatever changes during a run lives in the cache.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache, LayerCache
+from .errors import UserError
+
+
+def option(default, help: str, low=None, high=None, choices=None):
+    """A dataclass field that is also a command-line option: its help, its closed range or words."""
+    return field(
+        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
+    )
+
+
+# -- the paper's equations -------------------------------------------------------------------------
+
+
+def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
+    """How concentrated attention is, in [0, 1]: 0 uniform, 1 one-hot (arXiv 2511.06029, eq. 1).
+
+    scores: (..., S) non-negative; lengths: (...) int, how many of S count. -> (...) float32. A
+    single token, or no mass at all, is as uniform as can be: 0.
+    """
+    S = scores.shape[-1]
+    held = scores.float() * (torch.arange(S, device=scores.device) < lengths[..., None])
+    held = held / held.amax(-1, keepdim=True).clamp(min=1e-30)  # tiny scores must not underflow
+    l1, l2 = held.sum(-1), held.square().sum(-1).sqrt()
+    root = lengths.float().sqrt()
+    value = (root - l1 / l2.clamp(min=1e-30)) / (root - 1).clamp(min=1e-30)
+    return torch.where((lengths > 1) & (l1 > 0), value.clamp(0, 1), 0.0)
+
+
+def find_breakpoint(
+    ranked: Tensor, length: int, segments: int, tau: float, knee: str
+) -> int | None:
+    """Where the curve of descending scores breaks, or None (arXiv 2511.06029, Algorithm 1).
+
+    ranked: (S,) descending, of which the first `length` count, cut into `segments` equal parts.
+    `global`: the first boundary k with ranked[0] / ranked[k] > tau. `segment`: the start of the
+    first part whose own first / last <= tau, where the curve has gone flat; if that is the very
+    first part, nothing stands out. Comparisons multiply, so zeros need no special care.
+    """
+    cuts = sorted({length * i // segments for i in range(segments)} | {length})
+    if knee == "none" or len(cuts) < 3:
+        return None
+    starts = torch.tensor(cuts[:-1], device=ranked.device)
+    if knee == "global":
+        found = ranked[0] > tau * ranked[starts]
+    else:
+        ends = torch.tensor(cuts[1:], device=ranked.device) - 1
+        found = ranked[starts] <= tau * ranked[ends]
+    if not found.any():
+        return None
+    return cuts[int(found.int().argmax())] or None
+
+
+def split_budget(
+    total: int, weights: list[float], floors: list[int], holds: list[int]
+) -> list[int]:
+    """Divides `total` tokens over layers in proportion to `weights`, exactly, by largest remainder.
+
+    No layer gets more than it holds nor less than its floor (or what it holds, if that is less).
+    The parts add up to `total`, unless the floors need more or the layers hold less.
+    """
+    L = len(weights)
+    floors = [min(floor, hold) for floor, hold in zip(floors, holds, strict=True)]
+    total = min(max(total, sum(floors)), sum(holds))
+    if sum(weights) <= 0:
+        weights = [1.0] * L
+
+    # Layers whose share passes a bound are fixed there, and the others share what is left: first
+    # the side, floor or ceiling, that is off by more (the other may come right by itself).
+    parts: dict[int, int] = {}
+    while True:
+        free = [i for i in range(L) if i not in parts]
+        left = total - sum(parts.values())
+        weight = sum(weights[i] for i in free)
+        even = 1 / max(1, len(free))
+        shares = {i: left * (weights[i] / weight if weight > 0 else even) for i in free}
+        low = [i for i in free if shares[i] < floors[i]]
+        high = [i for i in free if shares[i] > holds[i]]
+        if not low and not high:
+            break
+        lacking = sum(floors[i] - shares[i] for i in low)
+        if lacking >= sum(shares[i] - holds[i] for i in high):
+            parts.update((i, floors[i]) for i in low)
+        else:
+            parts.update((i, holds[i]) for i in high)
+    whole = {i: int(share) for i, share in shares.items()}
+    by_remainder = sorted(free, key=lambda i: (whole[i] - shares[i], i))
+    for i in by_remainder[: left - sum(whole.values())]:
+        whole[i] += 1
+    parts.update(whole)
+    return [parts[i] for i in range(L)]
+
+
+def pyramid(layers: int, beta: float = 20.0) -> list[float]:
+    """Weights that fall linearly from the first layer to the last, mean 1 (arXiv 2406.02069)."""
+    low, high = 1 / beta, 2 - 1 / beta
+    return [high - (high - low) * i / max(1, layers - 1) for i in range(layers)]
+
+
+def select(importance: Tensor, valid: Tensor, always: Tensor, extra: Tensor) -> Tensor:
+    """Marks the slots `always` and the `extra` most important others; of equals, the newer stays.
+
+    importance: (B, H_kv, S); valid, always: bool, (B, 1 or H_kv, S); extra: (B,) int. -> bool
+    (B, H_kv, S). What is protected is protected by the mask, never by a high score.
+    """
+    candidates = (valid & ~always).expand_as(importance)
+    lowest = torch.finfo(torch.float32).min
+    ranked = importance.float().nan_to_num(lowest).clamp(min=lowest)
+    ranked = ranked.masked_fill(~candidates, -torch.inf)
+    # A stable sort of the flipped row puts the newer of two equals first.
+    order = ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[-1], device=order.device) < extra[:, None, None]
+    chosen = torch.zeros_like(candidates).scatter(-1, order, first.expand_as(order))
+    return chosen & candidates | always
+
+
+# -- the protocol ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the engine asks of a policy. This one keeps everything."""
+
+    name: ClassVar[str] = ""
+    gamma: ClassVar[float | None] = None  # decay of the scores; None: no scores are kept
+    window: ClassVar[int] = 0  # how many of the last queries the cache remembers
+
+    def check(self, prompt: int) -> None:
+        """Raises UserError if so long a prompt cannot be served."""
+
+    def due(self, cache: KVCache) -> list[bool]:
+        """Per sequence: is it time for a round? Decided from its own tokens alone."""
+        return [False] * len(cache.seen)
+
+    def round(self, cache: KVCache, due: list[bool]) -> None:
+        """One pass of pruning over the sequences that are due; the others keep everything."""
+
+
+@dataclass(frozen=True)
+class FullKV(Policy):
+    """Keeps everything."""
+
+    name: ClassVar[str] = "full"
+
+
+@dataclass(frozen=True)
+class Pruner(Policy):
+    """What every policy that prunes shares. A new one defines `importance`, more only if it must.
+
+    B sequences, S slots; a layer (LayerCache) offers keys, values, positions, scores and lengths.
+    """
+
+    min_recent: ClassVar[int] = 1
+
+    budget: int | None = option(None, "tokens per layer after a round, on average", low=1)
+    interval: int = option(128, "tokens between two rounds", low=1)
+    sinks: int = option(4, "first tokens, always kept", low=0)
+    recent_ratio: float = option(0.3, "share of the room that goes to the last tokens", 0, 1)
+    protect_prompt: bool = option(True, "keep the whole prompt; it counts inside the budget")
+
+    def __post_init__(self):
+        for spec in fields(self):
+            name, meta = spec.name, spec.metadata
+            value = getattr(self, name)
+            low, high, choices = (meta.get(key) for key in ("low", "high", "choices"))
+            if choices and value not in choices:
+                raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
+            if isinstance(value, float) and spec.type is not float:
+                raise UserError(f"{name} should be a whole number, not {value}")
+            if low is not None and value is not None and not low <= value <= (high or math.inf):
+                span = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise UserError(f"{name} should be {span}, not {value}")
+
+    # -- what a policy may define -------------------------------------------------------------
+
+    def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
+        """(B, H_kv, S): the higher, the longer a token stays. Heads may differ."""
+        raise NotImplementedError
+
+    def weights(self, cache: KVCache) -> list[list[float]]:
+        """Per sequence, the layers' shares of the budget, in any unit. Default: equal."""
+        return [[1.0] * len(cache.layers) for _ in cache.seen]
+
+    def salient(self, importance: Tensor, layer: LayerCache, due: list[bool]) -> list[int]:
+        """Per sequence, how many of the most important tokens stand out. Default: all of them."""
+        return layer.lengths
+
+    def recent(self, room: int) -> int:
+        """How many of `room` tokens go to the newest; at least `min_recent`."""
+        return min(room, max(self.min_recent, int(self.recent_ratio * room)))
+
+    # -- what is the same for all -------------------------------------------------------------
+
+    def protected(self, prompt: int) -> int:
+        """First positions that always stay, of a sequence with so long a prompt."""
+        return max(self.sinks, prompt) if self.protect_prompt else self.sinks
+
+    def check(self, prompt: int) -> None:
+        need = self.protected(prompt) + self.min_recent
+        if self.budget is not None and self.budget < need:
+            what = f"the prompt ({prompt} tokens)" if need > self.sinks + self.min_recent else "it"
+            mend = " or use --no-protect-prompt" if self.protect_prompt and prompt else ""
+            raise UserError(
+                f"budget {self.budget} is too small for what is always kept of {what}: {need} "
+                f"tokens, sinks and recent ones included; raise --budget{mend}"
+            )
+
+    def due(self, cache: KVCache) -> list[bool]:
+        return [
+            (seen - prompt) % self.interval == 0 and self.wants(cache, row)
+            for row, (seen, prompt) in enumerate(zip(cache.seen, cache.prompt, strict=True))
+        ]
+
+    def wants(self, cache: KVCache, row: int) -> bool:
+        """Does this sequence hold more than it should?"""
+        if self.budget is None:
+            return False
+        held = sum(layer.lengths[row] for layer in cache.layers)
+        return held > self.budget * len(cache.layers)
+
+    def round(self, cache: KVCache, due: list[bool]) -> None:
+        shares = self.shares(cache)
+        for layer, share in zip(cache.layers, shares, strict=True):
+            self._prune(layer, cache, share, due)
+
+    def shares(self, cache: KVCache) -> list[list[int]]:
+        """(L, B) tokens each layer may keep: the budget split exactly, or all without a budget."""
+        lengths = [layer.lengths for layer in cache.layers]
+        if self.budget is None:
+            return lengths
+        floors = [self.protected(prompt) + self.min_recent for prompt in cache.prompt]
+        total, L = self.budget * len(lengths), len(lengths)
+        columns = [
+            split_budget(total, weights, [floors[b]] * L, [held[b] for held in lengths])
+            for b, weights in enumerate(self.weights(cache))
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _prune(self, layer: LayerCache, cache: KVCache, share: list[int], due: list[bool]) -> None:
+        importance = self.importance(layer, cache)
+        salient = self.salient(importance, layer, due)
+        lengths, device = layer.lengths, importance.device
+        protected = [min(self.protected(p), n) for p, n in zip(cache.prompt, lengths, strict=True)]
+        recent = [
+            self.recent(part - floor if self.budget is not None else part) if ready else length
+            for part, floor, length, ready in zip(share, protected, lengths, due, strict=True)
+        ]
+        valid = layer.valid()
+        slots = torch.arange(layer.length, device=device)
+        first_recent = layer.lengths_tensor() - torch.tensor(recent, device=device)
+        always = layer.positions < torch.tensor(protected, device=device)[:, None, None]
+        always = valid & (always | (slots >= first_recent[:, None, None]))  # (B, H_kv, S)
+
+        # Beyond these, as many as stand out (in the head with most: all heads keep the same number)
+        # and as the share has room for.
+        top = select(importance, valid, ~valid & valid, torch.tensor(salient, device=device))
+        outstanding = (top & ~always).sum(-1).amax(1)
+        room = torch.tensor(share, device=device) - always[:, 0].sum(-1)
+        extra = torch.minimum(room, outstanding).clamp(min=0)
+        kept = select(importance, valid, always, extra)
+        counts = kept[:, 0].sum(-1).tolist()
+        if counts != lengths:
+            # True sorts first and a stable sort leaves the slots ascending.
+            layer.keep((~kept).int().argsort(dim=-1, stable=True), counts)
+
+
+@dataclass(frozen=True)
+class Lethe(Pruner):
+    """Budgets by Hoyer, scores by RASR, a breakpoint by Algorithm 1 (arXiv 2511.06029)."""
+
+    name: ClassVar[str] = "lethe"
+
+    allocation: str = option(
+        "hoyer",
+        "what divides the budget over layers; hoyer gives dense layers more",
+        choices=("hoyer", "inverse_hoyer", "uniform", "pyramid"),
+    )
+    knee: str = option(
+        "global",
+        "which ratio Algorithm 1 looks at for a breakpoint",
+        choices=("global", "segment", "none"),
+    )
+    tau: float = option(400.0, "ratio of scores that makes a breakpoint", low=1)
+    segments: int = option(16, "parts the curve of scores is cut into", low=2)
+    gamma: float = option(0.98, "decay of the scores per decoded token", 0, 1)
+    evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
+    granularity: str = option(
+        "layer", "scores and choices per layer or per KV head", choices=("layer", "head")
+    )
+    value_norm: bool = option(False, "weigh a token's score by the norm of its value")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget is None and self.allocation != "hoyer":
+            raise UserError(f"allocation {self.allocation} divides a budget; give one (--budget)")
+        if self.budget is None and self.knee == "none":
+            raise UserError("without a breakpoint (knee none) nothing prunes; give a budget")
+
+    @classmethod
+    def paper(cls, **changes) -> "Lethe":
+        """Every parameter as the paper reads; what it leaves open stays at the default."""
+        return cls(**{"protect_prompt": False, **changes})
+
+    def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
+        scores = layer.scores
+        if self.value_norm:
+            scores = scores * layer.values.float().norm(dim=-1)
+        if self.granularity == "layer":
+            scores = scores.sum(1, keepdim=True).expand_as(scores)
+        return scores
+
+    def weights(self, cache: KVCache) -> list[list[float]]:
+        if self.allocation in ("uniform", "pyramid"):
+            L = len(cache.layers)
+            return [[1.0] * L if self.allocation == "uniform" else pyramid(L) for _ in cache.seen]
+        per_layer = []
+        for layer in cache.layers:
+            scores = layer.scores
+            if self.granularity == "layer":  # else a slot is another token in every head
+                scores = scores.sum(1, keepdim=True)
+            per_layer.append(hoyer(scores, layer.lengths_tensor()[:, None]).mean(1))
+        sparsity = torch.stack(per_layer, dim=1)  # (B, L)
+        return (sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity).tolist()
+
+    def wants(self, cache: KVCache, row: int) -> bool:
+        if self.budget is not None:
+            return super().wants(cache, row)
+        return any(layer.lengths[row] > self._threshold(layer, row) for layer in cache.layers)
+
+    def _threshold(self, layer: LayerCache, row: int) -> int:
+        return layer.thresholds[row] or self.evict_threshold
+
+    def salient(self, importance: Tensor, layer: LayerCache, due: list[bool]) -> list[int]:
+        """Algorithm 1: tokens before the breakpoint. Without one, all stay and, if no budget is
+        given, the layer's threshold doubles."""
+        # Every head's curve, then their mean: after a round a slot is another token in every head.
+        ranked = importance.masked_fill(~layer.valid(), -torch.inf)
+        ranked = ranked.sort(dim=-1, descending=True).values.mean(1).cpu()
+        counts = layer.lengths
+        for row, length in enumerate(layer.lengths):
+            over = self.budget is not None or length > self._threshold(layer, row)
+            if not due[row] or not over:
+                continue
+            found = find_breakpoint(ranked[row], length, self.segments, self.tau, self.knee)
+            if found is not None:
+                counts[row] = found
+            elif self.budget is None:
+                layer.thresholds[row] = 2 * self._threshold(layer, row)
+        return counts
