@@ -1,8 +1,9 @@
 """lethe-mini: a reference engine for Lethe, KV-cache pruning for reasoning (arXiv 2511.06029)."""
 
-from .engine import Engine, Generated, Result, Stats
+from .engine import Engine
 from .errors import UserError
 from .policy import FullKV, Lethe, Policy, Pruner
+from .stats import Generated, Result, Stats
 
 __all__ = [
     "Engine",

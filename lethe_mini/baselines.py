@@ -1,10 +1,10 @@
 """The other policies, each its paper's choice of tokens behind the protocol of policy.py.
 
 What is common (sinks, recent tokens, prompt protection, budget, interval) is common code, so a
-comparison differs in the choice alone. The defaults are those of the reference implementations;
-where one differs from its paper, or is plainly a slip, a line says what is done here.
+comparison differs in the choice alone. The defaults are those of the reference code; where that
+differs from its paper, or has a plain slip, a line says what is done here.
 
-To add a policy, write it here and list it in POLICIES: the command line and the tests find it there.
+To add a policy, write it here and list it in POLICIES: command line and tests find it there.
 """
 
 import random

@@ -13,9 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from .baselines import POLICIES
-from .engine import POSITIONS, Engine, check_sampling, pick_device
+from .engine import POSITIONS, Engine, pick_device
 from .errors import UserError
 from .policy import Lethe, Policy
+from .sampling import check_sampling
 
 PROMPT = "Explain, step by step, why the sky is blue and sunsets are red."
 
@@ -163,15 +164,25 @@ def _size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 def run(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show must not end the run
+        sys.stdout.reconfigure(errors="replace")
     policy, prompts = build_policy(args), read_prompts(args)
     check_sampling(args.temperature, args.top_k, args.top_p)
     if args.stats is not None:  # found out now, not after minutes of work
-        try:
-            args.stats.open("a").close()
-        except OSError as error:
-            raise UserError(f"cannot write {args.stats}: {error.strerror}") from None
+        existed = args.stats.exists()
+        _write(args.stats, "", "a")
+        if not existed:
+            args.stats.unlink(missing_ok=True)
     pick_device(args.device)
     engine = Engine.from_pretrained(args.model, args.device, args.dtype, args.revision)
     screen = _Screen(engine, len(prompts))
@@ -192,7 +203,7 @@ def run(argv: list[str] | None) -> int:
     )
     screen.finish(result)
     if args.stats is not None:
-        args.stats.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _write(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
     if not args.quiet:
         print(report(result), file=sys.stderr)
     interrupted = any(one.finish_reason == "interrupted" for one in result.sequences)
@@ -203,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before there was any text
         return 130

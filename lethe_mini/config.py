@@ -13,16 +13,8 @@ from pathlib import Path
 from .errors import UserError
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
-ROPE_TYPES = {  # kind of scaling -> the numbers it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # and the numbers they need
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,7 +39,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
+    num_hidden_layers: int  # L
     num_attention_heads: int  # H
     num_key_value_heads: int  # H_kv
     head_dim: int  # D
@@ -74,72 +66,66 @@ class ModelConfig:
     def from_dict(cls, data: dict, where: str = "config.json") -> "ModelConfig":
         """`data`: a parsed config.json; `where`: its name in errors. Raises UserError."""
 
+        def refuse(condition, message: str) -> None:
+            if condition:
+                raise UserError(f"{where}: {message}")
+
         def number(key, kind=int, default=None, source=data):
-            value = source.get(key)
-            value = default if value is None else value
-            if value is None:
-                raise UserError(f"{where}: the key {key!r} is missing")
-            fits = isinstance(value, (int, float) if kind is float else int)
+            value = default if source.get(key) is None else source[key]
+            refuse(value is None, f"the key {key!r} is missing")
+            fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
             limit = 1e38 if kind is float else 2**31  # what float32 and PyTorch's sizes can hold
-            if not fits or isinstance(value, bool) or not 0 < value < limit:
-                raise UserError(f"{where}: {key} should be a positive number, not {value!r}")
+            fits = fits and 0 < value < limit
+            refuse(not fits, f"{key} should be a positive number, not {value!r}")
             return kind(value)
 
-        def flag(key, default=False):
-            value = data.get(key)
-            value = default if value is None else value
-            if not isinstance(value, bool):
-                raise UserError(f"{where}: {key} should be true or false, not {value!r}")
+        def flag(key) -> bool:
+            value = False if data.get(key) is None else data[key]
+            refuse(not isinstance(value, bool), f"{key} should be true or false, not {value!r}")
             return value
 
         names = data.get("architectures")
-        architecture = names[0] if isinstance(names, list) and names else names
-        if architecture not in ARCHITECTURES:
-            raise UserError(
-                f"{where}: architecture {architecture!r} is not supported; "
-                f"lethe-mini runs {' and '.join(ARCHITECTURES)}"
-            )
-        cls._refuse(data, where)
+        name = names[0] if isinstance(names, list) and names else names
+        known = f"lethe-mini runs {' and '.join(ARCHITECTURES)}"
+        refuse(name not in ARCHITECTURES, f"architecture {name!r} is not supported; {known}")
+        quantized = data.get("quantization_config")
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        instead = "take the unquantized one, or a GGUF with python -m lethe_mini.convert_gguf"
+        refuse(quantized, f"a quantized checkpoint ({method!r}) is not supported; {instead}")
+        refuse(_has_window(data), "sliding-window attention is not supported")
+        act = data.get("hidden_act")
+        refuse(
+            act not in (None, "silu", "swish"), f"hidden_act {act!r} is not supported; only silu"
+        )
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
         kv_heads = number("num_key_value_heads", default=heads)
-        if heads % kv_heads:
-            raise UserError(
-                f"{where}: num_attention_heads ({heads}) is not divisible by "
-                f"num_key_value_heads ({kv_heads})"
-            )
-        if data.get("head_dim") is None and hidden % heads:
-            raise UserError(
-                f"{where}: hidden_size ({hidden}) is not divisible by "
-                f"num_attention_heads ({heads}), and head_dim is not given"
-            )
+        uneven = f"num_attention_heads ({heads}) is not divisible by"
+        refuse(heads % kv_heads, f"{uneven} num_key_value_heads ({kv_heads})")
+        uneven = f"hidden_size ({hidden}) is not divisible by num_attention_heads ({heads})"
+        refuse(data.get("head_dim") is None and hidden % heads, f"{uneven}; head_dim is not given")
         head_dim = number("head_dim", default=max(1, hidden // heads))
-        if head_dim % 2:
-            raise UserError(f"{where}: head_dim ({head_dim}) is odd; RoPE turns pairs")
+        refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
 
         # transformers 5 keeps everything about RoPE in one dictionary; before, theta stood beside.
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{where}: rope_parameters should be an object, not {rope!r}")
-        if any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope)):
-            raise UserError(f"{where}: partial_rotary_factor is not supported; only 1.0")
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(f"{where}: RoPE that differs between layers is not supported")
+        refuse(not isinstance(rope, dict), f"rope_parameters should be an object, not {rope!r}")
+        partial = any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope))
+        refuse(partial, "partial_rotary_factor is not supported; only 1.0")
+        per_layer = any(isinstance(value, dict) for value in rope.values())
+        refuse(per_layer, "RoPE that differs between layers is not supported")
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        if not isinstance(kind, str) or kind not in ROPE_TYPES:
-            raise UserError(
-                f"{where}: RoPE type {kind!r} is not supported; "
-                f"lethe-mini runs {', '.join(ROPE_TYPES)}"
-            )
-        theta_source = rope if rope.get("rope_theta") is not None else data
+        strange = not isinstance(kind, str) or kind not in ROPE_TYPES
+        refuse(strange, f"RoPE type {kind!r} is not supported; only {', '.join(ROPE_TYPES)}")
         scaling = {key: number(key, float, source=rope) for key in ROPE_TYPES[kind]}
-        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            raise UserError(f"{where}: high_freq_factor should be above low_freq_factor")
+        low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+        refuse(high <= low, "high_freq_factor should be above low_freq_factor")
+        theta_beside = data if rope.get("rope_theta") is None else rope
 
-        qwen2 = architecture == "Qwen2ForCausalLM"
-        dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
+        qwen2 = name == "Qwen2ForCausalLM"
+        dtype = data.get("dtype") or data.get("torch_dtype")
         return cls(
-            architecture=architecture,
+            architecture=name,
             vocab_size=number("vocab_size"),
             hidden_size=hidden,
             intermediate_size=number("intermediate_size"),
@@ -149,35 +135,24 @@ class ModelConfig:
             head_dim=head_dim,
             max_position_embeddings=number("max_position_embeddings", default=2048),
             rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
-            rope_theta=number("rope_theta", float, default=10000.0, source=theta_source),
+            rope_theta=number("rope_theta", float, default=10000.0, source=theta_beside),
             rope_type=kind,
             rope_scaling=scaling,
             tie_word_embeddings=flag("tie_word_embeddings"),
-            qkv_bias=True if qwen2 else flag("attention_bias"),
-            o_bias=False if qwen2 else flag("attention_bias"),
-            mlp_bias=False if qwen2 else flag("mlp_bias"),
+            qkv_bias=qwen2 or flag("attention_bias"),
+            o_bias=not qwen2 and flag("attention_bias"),
+            mlp_bias=not qwen2 and flag("mlp_bias"),
             dtype=dtype if dtype in DTYPES else "float32",
         )
 
-    @staticmethod
-    def _refuse(data: dict, where: str) -> None:
-        """Raises UserError for features that change the mathematics and are not built here."""
-        if data.get("quantization_config"):
-            method = data["quantization_config"]
-            method = method.get("quant_method") if isinstance(method, dict) else method
-            raise UserError(
-                f"{where}: a quantized checkpoint ({method!r}) is not supported; take the "
-                "unquantized one, or convert a GGUF with python -m lethe_mini.convert_gguf"
-            )
-        # Qwen2's switch may be on and yet reach no layer: the window starts at max_window_layers.
-        # layer_types, where given, has the last word. The defaults are those of transformers.
-        kinds = data.get("layer_types")
-        if not kinds and data.get("use_sliding_window") and data.get("sliding_window", 4096):
-            first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
-            reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
-            kinds = [] if reaches_none else ["sliding_attention"]
-        if kinds and (not isinstance(kinds, list) or any(k != "full_attention" for k in kinds)):
-            raise UserError(f"{where}: sliding-window attention is not supported")
-        if data.get("hidden_act") not in (None, "silu", "swish"):
-            act = data["hidden_act"]
-            raise UserError(f"{where}: hidden_act {act!r} is not supported; only silu")
+
+def _has_window(data: dict) -> bool:
+    """Does a sliding window reach any layer? `layer_types`, where given, has the last word; else
+    Qwen2's window starts at layer max_window_layers. Defaults are those of transformers."""
+    kinds = data.get("layer_types")
+    if kinds:
+        return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
+    reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    window = data.get("use_sliding_window") and data.get("sliding_window", 4096)
+    return bool(window) and not reaches_none

@@ -2,14 +2,14 @@
 
 The engine composes what knows nothing of each other: the model appends to a cache, a policy thins
 it. A batch is many independent requests that happen to share matrix products: every prompt is
-prefilled alone, then joins; a sequence that ends leaves, and its memory with it. What a sequence
-gets never depends on its neighbours.
+prefilled alone, then joins; a sequence that ends leaves, and its memory with it; the next prompt
+takes its place. What a sequence gets never depends on its neighbours.
 """
 
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -20,85 +20,12 @@ from .errors import UserError
 from .loader import load_model, resolve
 from .model import Transformer
 from .policy import FullKV, Policy
+from .sampling import check_sampling, sample
+from .stats import Generated, Result, Stats
 from .text import Text
 
 POSITIONS = ("absolute", "compact")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class Generated:
-    """One sequence of a result. finish_reason: "stop" (end of text), "length" (as many tokens as
-    asked for), "positions" (the model has no more), "interrupted"."""
-
-    prompt_tokens: int
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-
-    @property
-    def generated_tokens(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass
-class Stats:
-    """What a run cost. Bytes are keys and values of held tokens, unless they say otherwise."""
-
-    model: str
-    policy: dict
-    device: str
-    dtype: str
-    seed: int
-    positions: str
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_tokens_per_second: float = 0.0
-    prune_seconds: float = 0.0  # part of the above
-    kv_bytes_peak: int = 0
-    kv_bytes_final: int = 0  # at the end of each sequence, added up
-    kv_bytes_full: int = 0  # what a full cache would hold there
-    kv_reduction: float = 0.0  # 1 - final / full
-    kv_allocated_peak: int = 0  # all tensors of the cache, spare room and bookkeeping included
-    kv_tokens_mean: float = 0.0  # over steps, layers and sequences
-    kv_tokens_final: list[list[int]] = field(default_factory=list)
-    rounds: int = 0
-    evicted_tokens: int = 0  # over layers and sequences
-
-
-@dataclass
-class Result:
-    sequences: list[Generated]
-    stats: Stats
-
-    def to_dict(self) -> dict:
-        """What `--stats` writes: the statistics, and the sequences with their text."""
-        sequences = [
-            {**asdict(one), "generated_tokens": one.generated_tokens} for one in self.sequences
-        ]
-        return {**asdict(self.stats), "sequences": sequences}
-
-
-def sample(logits: Tensor, draws: list[float], temperature: float, top_k: int, top_p: float):
-    """(B, vocab) float32 and a uniform draw in [0, 1) per sequence -> (B,) tokens.
-
-    Greedy at temperature 0. Else the draw runs up the cumulated probabilities, so that a sequence's
-    token depends on its own logits and its own draw alone.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs, tokens = (logits / temperature).softmax(dim=-1), None
-    if top_k or top_p < 1:
-        probs, tokens = probs.sort(dim=-1, descending=True, stable=True)
-        if top_k:
-            probs[:, top_k:] = 0
-        before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0)
-    cumulated = probs.cumsum(dim=-1)
-    target = torch.tensor(draws, device=logits.device)[:, None] * cumulated[:, -1:]
-    # The first token whose cumulated probability is above the target has a probability itself.
-    pick = (cumulated <= target).sum(dim=-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
-    return (pick if tokens is None else tokens.gather(-1, pick))[:, 0]
 
 
 def pick_device(name: str) -> str:
@@ -109,19 +36,11 @@ def pick_device(name: str) -> str:
     kind = name.partition(":")[0]
     if kind not in ("cpu", *have):
         raise UserError(f"device should be auto, cpu, cuda or mps, not {name!r}")
-    if not have.get(kind, True):
-        raise UserError(f"this machine has no {kind} device; use --device cpu or auto")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # PyTorch says it in many lines and two ways
+        raise UserError(f"this machine has no device {name!r}; use --device cpu or auto") from None
     return name
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises UserError for values no distribution has."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature should be 0 (greedy) or above, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top-p should be above 0 and at most 1, not {top_p}")
-    if top_k < 0:
-        raise UserError(f"top-k should be 0 (off) or above, not {top_k}")
 
 
 class Engine:
@@ -152,54 +71,49 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int]],
         policy: Policy | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | Sequence[int] = 512,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        num_samples: int = 1,
+        batch_size: int | None = None,
         ignore_eos: bool = False,
         system: str | None = None,
         raw: bool = False,
         positions: str = "absolute",
         prefill_chunk: int = 512,
         on_token: Callable[[int, int], None] | None = None,
+        on_finish: Callable[[int, Generated], None] | None = None,
     ) -> Result:
-        """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more.
+        """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
+        (one number, or one per prompt).
 
-        policy: FullKV() by default. positions: "absolute", or "compact", where keys are turned to
-        their slots, so that text may outgrow the model's positions. on_token(sequence, token) is
-        called for each token as it is made. Ctrl-C ends the run and returns what there is.
+        policy: FullKV() by default. num_samples: sequences per prompt, which share its prefill; the
+        draws of each come from `seed` and its number alone. batch_size: sequences at once, all by
+        default. positions: "absolute", or "compact", where keys are turned to their slots, so that
+        text may outgrow the model's positions. on_token(sequence, token) and on_finish(sequence,
+        generated) are called as it happens. Ctrl-C ends the run and returns what there is.
         Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
         check_sampling(temperature, top_k, top_p)
-        if min(max_new_tokens, prefill_chunk) < 1:
-            raise UserError("max-new-tokens and prefill-chunk should be at least 1")
+        limits = max_new_tokens
+        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
+        batch_size = max(1, len(prompts) * num_samples) if batch_size is None else batch_size
+        if min(*limits, num_samples, batch_size, prefill_chunk, 1) < 1:
+            raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
         if positions not in POSITIONS:
             raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
         encoded = [self._encode(prompt, system, raw, policy) for prompt in prompts]
-        eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
-
-        run = _Run(self, policy, encoded, seed, positions, prefill_chunk)
+        run = _Run(self, policy, encoded, limits, seed, num_samples, positions == "compact")
+        run.eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
+        run.on_token, run.on_finish = on_token, on_finish
         try:
-            for index in range(len(encoded)):
-                run.prefill(index)
-            while run.live:
-                tokens = run.sample(temperature, top_k, top_p)
-                for row, token in enumerate(tokens.tolist()):
-                    one = run.sequences[run.live[row]]
-                    one.token_ids.append(token)
-                    if token in eos:
-                        one.finish_reason = "stop"
-                    elif len(one.token_ids) >= max_new_tokens:
-                        one.finish_reason = "length"
-                    elif run.out_of_positions(row):
-                        one.finish_reason = "positions"
-                    if on_token is not None:
-                        on_token(run.live[row], token)
-                tokens = run.leave(tokens)
-                if run.live:
-                    run.step(tokens)
+            while run.live or run.pending:
+                while run.pending and len(run.live) < batch_size:
+                    run.admit(batch_size - len(run.live), prefill_chunk)
+                run.step(temperature, top_k, top_p)
         except KeyboardInterrupt:
             run.interrupt()
         return run.result()
@@ -223,86 +137,120 @@ class Engine:
 
 
 class _Run:
-    """One call of `generate`: the live sequences, their cache, and what is counted.
+    """One call of `generate`. Row r of the cache and of the logits is sequence live[r]."""
 
-    Row r of the cache and of the logits is sequence live[r].
-    """
+    eos: frozenset[int] = frozenset()
+    on_token = on_finish = None
 
-    def __init__(self, engine, policy, encoded, seed, positions, prefill_chunk):
-        self.engine, self.policy, self.encoded, self.chunk = engine, policy, encoded, prefill_chunk
-        self.compact = positions == "compact"
-        self.sequences = [Generated(len(ids)) for ids in encoded]
-        self.draws = [random.Random(f"{seed}-{index}") for index in range(len(encoded))]
+    def __init__(self, engine, policy, encoded, limits, seed, num_samples, compact):
+        self.engine, self.model, self.policy = engine, engine.model, policy
+        self.encoded, self.limits, self.num_samples = encoded, limits, num_samples
+        self.frequencies = engine.model.inv_freq if compact else None
+        self.sequences = [Generated(len(ids)) for ids in encoded for _ in range(num_samples)]
+        self.draws = [
+            random.Random(f"{seed}-{index % num_samples}") for index in range(len(self.sequences))
+        ]
+        self.pending = list(range(len(self.sequences)))
         self.live: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None  # (rows, vocab)
-        self.decode_started: float | None = None
-        self.steps = self.held_sum = self.held_count = 0
+        self.started = time.perf_counter()
+        self.decoded = self.held_sum = self.held_count = 0
         facts = {"name": policy.name, **asdict(policy)}
         device, dtype = str(engine.device), str(engine.dtype).removeprefix("torch.")
+        positions = POSITIONS[compact]
         self.stats = Stats(engine.name, facts, device, dtype, seed, positions)
-        self.stats.kv_tokens_final = [[] for _ in encoded]
+        self.stats.kv_tokens_final = [[] for _ in self.sequences]
 
-    def prefill(self, index: int) -> None:
-        """Reads a prompt alone, in chunks, prunes it if that is due, and joins it to the batch."""
+    def admit(self, room: int, chunk: int) -> None:
+        """Reads the next prompt, alone, in chunks; prunes it if that is due; joins it to the batch,
+        once for each of its samples that there is room for."""
         start = time.perf_counter()
-        ids, policy, model = self.encoded[index], self.policy, self.engine.model
+        prompt = self.pending[0] // self.num_samples
+        ids = self.encoded[prompt]
         cache = KVCache(
-            model.config,
+            self.model.config,
             dtype=self.engine.dtype,
             device=self.engine.device,
-            scored=policy.gamma is not None,
-            window=policy.window,
-            compact=model.inv_freq if self.compact else None,
+            scored=self.policy.gamma is not None,
+            window=self.policy.window,
+            compact=self.frequencies,
         )
         cache.prompt = [len(ids)]
-        for first in range(0, len(ids), self.chunk):
-            chunk = torch.tensor([ids[first : first + self.chunk]], device=self.engine.device)
-            logits = model(chunk, cache=cache, last_only=True)[:, -1]
+        for first in range(0, len(ids), chunk):
+            tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
+            logits = self.model(tokens, cache=cache, last_only=True)[:, -1]
         self._prune(cache)
-        self.live.append(index)
-        if self.cache is None:
-            self.cache, self.logits = cache, logits
-        else:
+        samples = [i for i in self.pending[:room] if i // self.num_samples == prompt]
+        if len(samples) > 1:
+            cache.select([0] * len(samples))
+            logits = logits.repeat(len(samples), 1)
+        if self.live:
             self.cache.join(cache)
             self.logits = torch.cat((self.logits, logits))
+        else:
+            self.cache, self.logits = cache, logits
+        self.live += samples
+        self.pending = self.pending[len(samples) :]
         self.stats.prefill_seconds += time.perf_counter() - start
 
-    def sample(self, temperature: float, top_k: int, top_p: float) -> Tensor:
-        """The next token of every live sequence, (rows,)."""
-        self.decode_started = self.decode_started or time.perf_counter()
+    def step(self, temperature: float, top_k: int, top_p: float) -> None:
+        """One token for every live sequence; those that end leave; a round where one is due."""
         draws = [self.draws[index].random() for index in self.live]
-        return sample(self.logits, draws, temperature, top_k, top_p)
-
-    def out_of_positions(self, row: int) -> bool:
-        """Is there no RoPE position left for a further token? In compact mode those are slots."""
-        limit = self.engine.model.config.max_position_embeddings
-        if not self.compact or self.cache.seen[row] < limit:
-            return self.cache.seen[row] >= limit
-        return max(layer.lengths[row] for layer in self.cache.layers) >= limit
-
-    def leave(self, tokens: Tensor) -> Tensor:
-        """Lets the finished sequences go, and their memory with them."""
+        tokens = sample(self.logits, draws, temperature, top_k, top_p)
+        for row, token in enumerate(tokens.tolist()):
+            index = self.live[row]
+            one = self.sequences[index]
+            one.token_ids.append(token)
+            if token in self.eos:
+                one.finish_reason = "stop"
+            elif len(one.token_ids) >= self.limits[index // self.num_samples]:
+                one.finish_reason = "length"
+            elif self._out_of_positions(row):
+                one.finish_reason = "positions"
+            if self.on_token is not None:
+                self.on_token(index, token)
         rows = [row for row, i in enumerate(self.live) if self.sequences[i].finish_reason is None]
-        if len(rows) == len(self.live):
-            return tokens
-        self._count_peak(self.cache)
-        for row, index in enumerate(self.live):
-            if row not in rows:
-                self._count_final(row, index)
-        self.live = [self.live[row] for row in rows]
-        self.cache.select(rows)
-        return tokens[rows]
-
-    def step(self, tokens: Tensor) -> None:
-        """One token more for every live sequence, then a round where one is due."""
+        if len(rows) < len(self.live):
+            self._leave(rows)
+            tokens = tokens[rows]
+        if not self.live:
+            return
         if self.policy.gamma is not None:
             self.cache.decay(self.policy.gamma)
-        self.logits = self.engine.model(tokens[:, None], cache=self.cache)[:, -1]
-        self.steps += len(self.live)
+        self.logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
+        self.decoded += len(rows)
         self.held_sum += self.cache.held
-        self.held_count += len(self.live) * len(self.cache.layers)
+        self.held_count += len(rows) * len(self.cache.layers)
         self._prune(self.cache)
+
+    def _out_of_positions(self, row: int) -> bool:
+        """Is there no RoPE position left for a further token? In compact mode those are slots."""
+        limit, seen = self.model.config.max_position_embeddings, self.cache.seen[row]
+        if self.frequencies is None or seen < limit:
+            return seen >= limit
+        return max(layer.lengths[row] for layer in self.cache.layers) >= limit
+
+    def _leave(self, rows: list[int]) -> None:
+        """All but these rows leave the batch, and their memory with them."""
+        self._count_peak(self.cache)
+        for row in range(len(self.live)):
+            if row not in rows:
+                self._finish(row)
+        self.live = [self.live[row] for row in rows]
+        self.cache.select(rows)
+
+    def _finish(self, row: int) -> None:
+        index, stats, size = self.live[row], self.stats, self.cache.token_bytes
+        final = [layer.lengths[row] for layer in self.cache.layers]
+        stats.kv_tokens_final[index] = final
+        stats.kv_bytes_final += sum(final) * size
+        stats.kv_bytes_full += self.cache.seen[row] * len(final) * size
+        one = self.sequences[index]
+        one.generated_tokens = len(one.token_ids)
+        one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
+        if self.on_finish is not None:
+            self.on_finish(index, one)
 
     def _prune(self, cache: KVCache) -> None:
         due = self.policy.due(cache)
@@ -317,32 +265,22 @@ class _Run:
 
     def _count_peak(self, cache: KVCache) -> None:
         # Memory only grows between two rounds or departures, so looking there is enough.
-        stats = self.stats
-        stats.kv_bytes_peak = max(stats.kv_bytes_peak, cache.held * cache.token_bytes)
-        stats.kv_allocated_peak = max(stats.kv_allocated_peak, cache.allocated)
-
-    def _count_final(self, row: int, index: int) -> None:
-        final = [layer.lengths[row] for layer in self.cache.layers]
-        self.stats.kv_tokens_final[index] = final
-        self.stats.kv_bytes_final += sum(final) * self.cache.token_bytes
-        self.stats.kv_bytes_full += self.cache.seen[row] * len(final) * self.cache.token_bytes
+        held, allocated = cache.held * cache.token_bytes, cache.allocated
+        self.stats.kv_bytes_peak = max(self.stats.kv_bytes_peak, held)
+        self.stats.kv_allocated_peak = max(self.stats.kv_allocated_peak, allocated)
 
     def interrupt(self) -> None:
-        """Ends what is live, and what has not begun, with what there is."""
+        """Ends what is live, and what never began, with what there is."""
+        self.on_finish = None
         for one in self.sequences:
             one.finish_reason = one.finish_reason or "interrupted"
         if self.live:
-            self._count_peak(self.cache)
-            for row, index in enumerate(self.live):
-                self._count_final(row, index)
+            self._leave([])
 
     def result(self) -> Result:
         stats = self.stats
-        if self.decode_started is not None:
-            stats.decode_seconds = time.perf_counter() - self.decode_started
-        stats.decode_tokens_per_second = self.steps / max(stats.decode_seconds, 1e-9)
+        stats.decode_seconds = time.perf_counter() - self.started - stats.prefill_seconds
+        stats.decode_tokens_per_second = self.decoded / max(stats.decode_seconds, 1e-9)
         stats.kv_reduction = 1 - stats.kv_bytes_final / max(1, stats.kv_bytes_full)
         stats.kv_tokens_mean = self.held_sum / max(1, self.held_count)
-        for one in self.sequences:
-            one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
         return Result(self.sequences, stats)

@@ -9,7 +9,6 @@ layers (`weights`), how much each token matters (`importance`), and how many of 
 Policies are frozen: whatever changes during a run lives in the cache.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -77,36 +76,22 @@ def split_budget(
     No layer gets more than it holds nor less than its floor (or what it holds, if that is less).
     The parts add up to `total`, unless the floors need more or the layers hold less.
     """
-    L = len(weights)
     floors = [min(floor, hold) for floor, hold in zip(floors, holds, strict=True)]
     total = min(max(total, sum(floors)), sum(holds))
-    if sum(weights) <= 0:
-        weights = [1.0] * L
-
-    # Layers whose share passes a bound are fixed there, and the others share what is left: first
-    # the side, floor or ceiling, that is off by more (the other may come right by itself).
-    parts: dict[int, int] = {}
-    while True:
-        free = [i for i in range(L) if i not in parts]
-        left = total - sum(parts.values())
-        weight = sum(weights[i] for i in free)
-        even = 1 / max(1, len(free))
-        shares = {i: left * (weights[i] / weight if weight > 0 else even) for i in free}
-        low = [i for i in free if shares[i] < floors[i]]
-        high = [i for i in free if shares[i] > holds[i]]
-        if not low and not high:
-            break
-        lacking = sum(floors[i] - shares[i] for i in low)
-        if lacking >= sum(shares[i] - holds[i] for i in high):
-            parts.update((i, floors[i]) for i in low)
-        else:
-            parts.update((i, holds[i]) for i in high)
-    whole = {i: int(share) for i, share in shares.items()}
-    by_remainder = sorted(free, key=lambda i: (whole[i] - shares[i], i))
-    for i in by_remainder[: left - sum(whole.values())]:
-        whole[i] += 1
-    parts.update(whole)
-    return [parts[i] for i in range(L)]
+    # A layer's share is level * weight, held within its bounds; more level, more in all. The tiny
+    # weight that everyone gets lets a layer of weight 0 take what the others cannot hold.
+    weights = [weight + 1e-9 for weight in weights]
+    low, high = 0.0, (max(holds) + 1) / min(weights)
+    for _ in range(100):
+        level = (low + high) / 2
+        bounds = zip(weights, floors, holds, strict=True)
+        shares = [min(max(level * weight, floor), hold) for weight, floor, hold in bounds]
+        low, high = (level, high) if sum(shares) < total else (low, level)
+    parts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(parts)), key=lambda i: parts[i] - shares[i])
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 def pyramid(layers: int, beta: float = 20.0) -> list[float]:
@@ -118,8 +103,8 @@ def pyramid(layers: int, beta: float = 20.0) -> list[float]:
 def select(importance: Tensor, valid: Tensor, always: Tensor, extra: Tensor) -> Tensor:
     """Marks the slots `always` and the `extra` most important others; of equals, the newer stays.
 
-    importance: (B, H_kv, S); valid, always: bool, (B, 1 or H_kv, S); extra: (B,) int. -> bool
-    (B, H_kv, S). What is protected is protected by the mask, never by a high score.
+    importance: (B, H_kv, S); valid, always: bool, (B, 1 or H_kv, S); extra: (B, 1 or H_kv) int. ->
+    bool (B, H_kv, S). What is protected is protected by the mask, never by a high score.
     """
     candidates = (valid & ~always).expand_as(importance)
     lowest = torch.finfo(torch.float32).min
@@ -127,7 +112,7 @@ def select(importance: Tensor, valid: Tensor, always: Tensor, extra: Tensor) -> 
     ranked = ranked.masked_fill(~candidates, -torch.inf)
     # A stable sort of the flipped row puts the newer of two equals first.
     order = ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(order.shape[-1], device=order.device) < extra[:, None, None]
+    first = torch.arange(order.shape[-1], device=order.device) < extra[..., None]
     chosen = torch.zeros_like(candidates).scatter(-1, order, first.expand_as(order))
     return chosen & candidates | always
 
@@ -181,11 +166,13 @@ class Pruner(Policy):
             name, meta = spec.name, spec.metadata
             value = getattr(self, name)
             low, high, choices = (meta.get(key) for key in ("low", "high", "choices"))
+            kind = int if spec.default is None else type(spec.default)
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits and not (value is None and spec.default is None):
+                raise UserError(f"{name} should be of type {kind.__name__}, not {value!r}")
             if choices and value not in choices:
                 raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
-            if isinstance(value, float) and spec.type is not float:
-                raise UserError(f"{name} should be a whole number, not {value}")
-            if low is not None and value is not None and not low <= value <= (high or math.inf):
+            if low is not None and value is not None and not low <= value <= (high or 1e18):
                 span = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise UserError(f"{name} should be {span}, not {value}")
 
@@ -269,14 +256,17 @@ class Pruner(Policy):
         always = layer.positions < torch.tensor(protected, device=device)[:, None, None]
         always = valid & (always | (slots >= first_recent[:, None, None]))  # (B, H_kv, S)
 
-        # Beyond these, as many as stand out (in the head with most: all heads keep the same number)
-        # and as the share has room for.
-        top = select(importance, valid, ~valid & valid, torch.tensor(salient, device=device))
-        outstanding = (top & ~always).sum(-1).amax(1)
-        room = torch.tensor(share, device=device) - always[:, 0].sum(-1)
-        extra = torch.minimum(room, outstanding).clamp(min=0)
-        kept = select(importance, valid, always, extra)
-        counts = kept[:, 0].sum(-1).tolist()
+        # Beyond these, as many as stand out and as the share has room for: as many as the head that
+        # keeps most, since all heads of a layer hold the same number.
+        top = select(
+            importance, valid, ~valid & valid, torch.tensor(salient, device=device)[:, None]
+        )
+        least = always.sum(-1)  # (B, H_kv)
+        wanted = least + (top & ~always).sum(-1)
+        target = torch.minimum(torch.tensor(share, device=device), wanted.amax(1))
+        target = torch.maximum(target, least.amax(1))
+        kept = select(importance, valid, always, target[:, None] - least)
+        counts = target.tolist()
         if counts != lengths:
             # True sorts first and a stable sort leaves the slots ascending.
             layer.keep((~kept).int().argsort(dim=-1, stable=True), counts)
