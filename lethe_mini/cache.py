@@ -218,6 +218,12 @@ class KVCache:
         """(B,) int64: the next token's position."""
         return torch.tensor(self.seen, device=self.device)
 
+    def next_angle(self, row: int) -> int:
+        """The RoPE position of a sequence's next token; in compact mode its highest slot."""
+        if not self.layers[0].compact:
+            return self.seen[row]
+        return max(layer.lengths[row] for layer in self.layers)
+
     def advance(self, T: int) -> None:
         """T more tokens of every sequence have gone through all layers."""
         self.seen = [seen + T for seen in self.seen]

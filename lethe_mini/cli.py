@@ -13,11 +13,19 @@ from dataclasses import fields
 from pathlib import Path
 
 from .baselines import POLICIES
-from .engine import POSITIONS, Engine, pick_device
+from .batch import Prompt, read_prompts, run_batch
+from .chat import Conversation, chat
+from .engine import POSITIONS, Engine
 from .errors import UserError
 from .policy import Lethe, Policy
 from .sampling import check_sampling
 
+# Options that go to Engine.generate as they are; in a conversation less those of a batch.
+GENERATE = (
+    "temperature", "top_k", "top_p", "seed", "num_samples", "batch_size", "ignore_eos", "system",
+    "raw", "positions", "prefill_chunk",
+)  # fmt: skip
+BATCH = ("num_samples", "batch_size", "raw")
 PROMPT = "Explain, step by step, why the sky is blue and sunsets are red."
 
 
@@ -27,12 +35,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="generate.py", description=__doc__.partition("\n")[0])
+    parser = _Parser(
+        description="Write text with a Llama or Qwen2 model while a policy, such as Lethe "
+        "(arXiv 2511.06029), prunes its KV cache."
+    )
     add = parser.add_argument
     add("--model", default="demo", help="folder, hub id, or demo (default: %(default)s)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--prompt", action="append", help="a prompt; several are one batch")
-    add("--prompt-file", type=Path, help="a file with one prompt, UTF-8")
+    add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt, id, ...")
+    add("--interactive", action="store_true", help="a chat that keeps its cache; /exit ends it")
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", help="a system message before the prompt")
     add("--max-new-tokens", type=int, default=512, help="at most so many (default: %(default)s)")
@@ -54,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=512,
         help="prompt tokens at once (default: %(default)s)",
     )
+    add("--num-samples", type=int, default=1, help="texts per prompt (default: %(default)s)")
+    add("--batch-size", type=int, help="sequences at once (default: all)")
+    add("--output", type=Path, help="write results to this JSON Lines file; goes on if it is there")
     add("--stats", type=Path, help="write statistics and sequences to this JSON file")
     add("--quiet", action="store_true", help="no report")
 
@@ -85,7 +100,8 @@ def _policy_options() -> dict:
 
 
 def _defaults(owners: dict) -> str:
-    if len(owners) == 1:
+    everybody = sum(len(who) for who in owners.values()) == len(POLICIES) - 1  # all but full
+    if everybody and len(owners) == 1:
         return f"default: {next(iter(owners))}"
     return "default: " + ", ".join(f"{value} for {'/'.join(who)}" for value, who in owners.items())
 
@@ -107,35 +123,44 @@ def build_policy(args: argparse.Namespace) -> Policy:
     return Lethe.paper(**given) if args.paper else kind(**given)
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompt or [])
+def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Those of --prompt, then those of --prompt-file; without either, the default one."""
+    prompts = [Prompt(number, text) for number, text in enumerate(args.prompt or [], 1)]
     if args.prompt_file is not None:
-        try:
-            prompts.append(args.prompt_file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{args.prompt_file} is not UTF-8 text; convert it") from None
-        except OSError as error:
-            raise UserError(f"cannot read {args.prompt_file}: {error.strerror}") from None
-    return prompts or [PROMPT]
+        if prompts:
+            raise UserError("give --prompt or --prompt-file, not both")
+        prompts = read_prompts(args.prompt_file)
+    return prompts or [Prompt(1, PROMPT)]
 
 
 class _Screen:
-    """Prints one sequence as it grows; of a batch, each sequence whole when it ends."""
+    """Prints a single sequence as it grows; of several, each whole when it ends."""
 
-    def __init__(self, engine: Engine, count: int):
-        self.streams = [engine.text.stream() for _ in range(count)]
+    def __init__(self, engine: Engine, prompts: list[Prompt], num_samples: int):
+        self.names = [
+            f"{prompt.id}" + (f", sample {sample + 1}" if num_samples > 1 else "")
+            for prompt in prompts
+            for sample in range(num_samples)
+        ]
+        self.left = set(range(len(self.names)))
+        self.stream = engine.text.stream() if len(self.names) == 1 else None
 
-    def __call__(self, index: int, token: int) -> None:
-        piece = self.streams[index].push(token)
-        if len(self.streams) == 1:
-            print(piece, end="", flush=True)
+    def on_token(self, index: int, token: int) -> None:
+        if self.stream is not None:
+            print(self.stream.push(token), end="", flush=True)
 
-    def finish(self, result) -> None:
-        if len(self.streams) == 1:
-            print(self.streams[0].flush(), flush=True)
-            return
-        for index, one in enumerate(result.sequences):
-            print(f"--- {index + 1} ---\n{one.text}", flush=True)
+    def on_finish(self, index: int, one) -> None:
+        self.left.discard(index)
+        if self.stream is not None:
+            print(self.stream.flush(), flush=True)
+        else:
+            print(f"--- {self.names[index]} ---\n{one.text}", flush=True)
+
+    def close(self, result) -> None:
+        """What an interruption left: the text so far."""
+        for index in sorted(self.left):
+            if result.sequences[index].token_ids:
+                self.on_finish(index, result.sequences[index])
 
 
 def report(result) -> str:
@@ -145,8 +170,9 @@ def report(result) -> str:
         f"{tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s "
         f"(prefill {stats.prefill_seconds:.2f} s, decode {stats.decode_seconds:.2f} s, "
         f"pruning {stats.prune_seconds:.2f} s)",
-        f"KV memory {_size(stats.kv_bytes_final)} kept, {_size(stats.kv_bytes_peak)} at most, "
-        f"{_size(stats.kv_bytes_full)} for a full cache ({stats.kv_reduction:.1%} less)",
+        f"KV memory: {_size(stats.kv_bytes_final)} kept at the end where a full cache holds "
+        f"{_size(stats.kv_bytes_full)} ({stats.kv_reduction:.1%} less); at most "
+        f"{_size(stats.kv_bytes_peak)} at a time; the process had {_size(stats.memory_peak)}",
         f"policy {stats.policy['name']}: {stats.rounds} rounds, {stats.evicted_tokens} evicted, "
         f"{stats.kv_tokens_mean:.0f} tokens held per layer on average",
     ]
@@ -176,32 +202,37 @@ def run(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show must not end the run
         sys.stdout.reconfigure(errors="replace")
-    policy, prompts = build_policy(args), read_prompts(args)
+    policy, prompts = build_policy(args), gather_prompts(args)
     check_sampling(args.temperature, args.top_k, args.top_p)
+    if args.interactive and (args.prompt or args.prompt_file or args.output or args.raw):
+        raise UserError("--interactive takes its prompts from you, through the chat template")
     if args.stats is not None:  # found out now, not after minutes of work
         existed = args.stats.exists()
         _write(args.stats, "", "a")
         if not existed:
             args.stats.unlink(missing_ok=True)
-    pick_device(args.device)
     engine = Engine.from_pretrained(args.model, args.device, args.dtype, args.revision)
-    screen = _Screen(engine, len(prompts))
-    result = engine.generate(
-        prompts,
-        policy,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-        system=args.system,
-        raw=args.raw,
-        positions=args.positions,
-        prefill_chunk=args.prefill_chunk,
-        on_token=screen,
-    )
-    screen.finish(result)
+    options = {name: getattr(args, name) for name in GENERATE}
+    if args.interactive:
+        options = {k: v for k, v in options.items() if k not in BATCH}
+        return chat(Conversation(engine, policy, max_new_tokens=args.max_new_tokens, **options))
+    if args.output is not None:
+        result = run_batch(engine, prompts, policy, args.output, args.max_new_tokens,
+                           quiet=args.quiet, **options)  # fmt: skip
+        if result is None:
+            print(f"{args.output} is complete", file=sys.stderr)
+            return 0
+    else:
+        screen = _Screen(engine, prompts, args.num_samples)
+        result = engine.generate(
+            [prompt.text for prompt in prompts],
+            policy,
+            [prompt.max_new_tokens or args.max_new_tokens for prompt in prompts],
+            on_token=screen.on_token,
+            on_finish=screen.on_finish,
+            **options,
+        )
+        screen.close(result)
     if args.stats is not None:
         _write(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
     if not args.quiet:

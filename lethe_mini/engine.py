@@ -21,7 +21,7 @@ from .loader import load_model, resolve
 from .model import Transformer
 from .policy import FullKV, Policy
 from .sampling import check_sampling, sample
-from .stats import Generated, Result, Stats
+from .stats import Generated, Result, Stats, memory_peak
 from .text import Text
 
 POSITIONS = ("absolute", "compact")
@@ -83,8 +83,10 @@ class Engine:
         raw: bool = False,
         positions: str = "absolute",
         prefill_chunk: int = 512,
+        cache: KVCache | None = None,
         on_token: Callable[[int, int], None] | None = None,
         on_finish: Callable[[int, Generated], None] | None = None,
+        on_step: Callable[[KVCache], None] | None = None,
     ) -> Result:
         """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
         (one number, or one per prompt).
@@ -92,8 +94,10 @@ class Engine:
         policy: FullKV() by default. num_samples: sequences per prompt, which share its prefill; the
         draws of each come from `seed` and its number alone. batch_size: sequences at once, all by
         default. positions: "absolute", or "compact", where keys are turned to their slots, so that
-        text may outgrow the model's positions. on_token(sequence, token) and on_finish(sequence,
-        generated) are called as it happens. Ctrl-C ends the run and returns what there is.
+        text may outgrow the model's positions. cache: what `new_cache` gave, and earlier calls
+        filled, of one sequence that the only prompt goes on with. on_token(sequence, token),
+        on_finish(sequence, generated) and on_step(cache) are called as it happens. Ctrl-C ends the
+        run and returns what there is.
         Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
@@ -105,8 +109,12 @@ class Engine:
             raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
         if positions not in POSITIONS:
             raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
-        encoded = [self._encode(prompt, system, raw, policy) for prompt in prompts]
-        run = _Run(self, policy, encoded, limits, seed, num_samples, positions == "compact")
+        if cache is not None and len(prompts) * num_samples != 1:
+            raise UserError("a cache is gone on with by one prompt and one sample")
+        seen = 0 if cache is None else cache.next_angle(0)
+        encoded = [self._encode(prompt, system, raw, policy, seen) for prompt in prompts]
+        run = _Run(self, policy, encoded, limits, seed, num_samples, positions)
+        run.resumed, run.on_step = cache, on_step
         run.eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
         run.on_token, run.on_finish = on_token, on_finish
         try:
@@ -118,7 +126,18 @@ class Engine:
             run.interrupt()
         return run.result()
 
-    def _encode(self, prompt, system: str | None, raw: bool, policy: Policy) -> list[int]:
+    def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
+        """An empty cache for one sequence, with what the policy needs."""
+        return KVCache(
+            self.model.config,
+            dtype=self.dtype,
+            device=self.device,
+            scored=policy.gamma is not None,
+            window=policy.window,
+            compact=self.model.inv_freq if positions == "compact" else None,
+        )
+
+    def _encode(self, prompt, system, raw: bool, policy: Policy, seen: int) -> list[int]:
         """A prompt's token ids; UserError if the model or the policy cannot take it."""
         if isinstance(prompt, str):
             if self.text is None:
@@ -129,10 +148,11 @@ class Engine:
             raise UserError("the prompt is empty; give it some text")
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
             raise UserError(f"a prompt's token ids should be from 0 to {config.vocab_size - 1}")
-        limit = config.max_position_embeddings
-        if len(ids) > limit:
-            raise UserError(f"the prompt has {len(ids)} tokens and the model takes {limit}; cut it")
-        policy.check(len(ids))
+        room = config.max_position_embeddings - seen
+        if len(ids) > room:
+            raise UserError(f"the prompt has {len(ids)} tokens and the model takes {room}; cut it")
+        if not seen:
+            policy.check(len(ids))
         return ids
 
 
@@ -140,12 +160,12 @@ class _Run:
     """One call of `generate`. Row r of the cache and of the logits is sequence live[r]."""
 
     eos: frozenset[int] = frozenset()
-    on_token = on_finish = None
+    on_token = on_finish = on_step = resumed = None
 
-    def __init__(self, engine, policy, encoded, limits, seed, num_samples, compact):
+    def __init__(self, engine, policy, encoded, limits, seed, num_samples, positions):
         self.engine, self.model, self.policy = engine, engine.model, policy
         self.encoded, self.limits, self.num_samples = encoded, limits, num_samples
-        self.frequencies = engine.model.inv_freq if compact else None
+        self.positions = positions
         self.sequences = [Generated(len(ids)) for ids in encoded for _ in range(num_samples)]
         self.draws = [
             random.Random(f"{seed}-{index % num_samples}") for index in range(len(self.sequences))
@@ -158,7 +178,6 @@ class _Run:
         self.decoded = self.held_sum = self.held_count = 0
         facts = {"name": policy.name, **asdict(policy)}
         device, dtype = str(engine.device), str(engine.dtype).removeprefix("torch.")
-        positions = POSITIONS[compact]
         self.stats = Stats(engine.name, facts, device, dtype, seed, positions)
         self.stats.kv_tokens_final = [[] for _ in self.sequences]
 
@@ -168,19 +187,15 @@ class _Run:
         start = time.perf_counter()
         prompt = self.pending[0] // self.num_samples
         ids = self.encoded[prompt]
-        cache = KVCache(
-            self.model.config,
-            dtype=self.engine.dtype,
-            device=self.engine.device,
-            scored=self.policy.gamma is not None,
-            window=self.policy.window,
-            compact=self.frequencies,
-        )
-        cache.prompt = [len(ids)]
+        cache = self.resumed or self.engine.new_cache(self.policy, self.positions)
+        if self.resumed is None:
+            cache.prompt = [len(ids)]
+        elif self.policy.gamma is not None:
+            cache.decay(self.policy.gamma)  # one prefill is one update, however it is chunked
         for first in range(0, len(ids), chunk):
             tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
             logits = self.model(tokens, cache=cache, last_only=True)[:, -1]
-        self._prune(cache)
+        self._prune(cache, prefilled=True)
         samples = [i for i in self.pending[:room] if i // self.num_samples == prompt]
         if len(samples) > 1:
             cache.select([0] * len(samples))
@@ -206,7 +221,7 @@ class _Run:
                 one.finish_reason = "stop"
             elif len(one.token_ids) >= self.limits[index // self.num_samples]:
                 one.finish_reason = "length"
-            elif self._out_of_positions(row):
+            elif self.cache.next_angle(row) >= self.model.config.max_position_embeddings:
                 one.finish_reason = "positions"
             if self.on_token is not None:
                 self.on_token(index, token)
@@ -223,13 +238,8 @@ class _Run:
         self.held_sum += self.cache.held
         self.held_count += len(rows) * len(self.cache.layers)
         self._prune(self.cache)
-
-    def _out_of_positions(self, row: int) -> bool:
-        """Is there no RoPE position left for a further token? In compact mode those are slots."""
-        limit, seen = self.model.config.max_position_embeddings, self.cache.seen[row]
-        if self.frequencies is None or seen < limit:
-            return seen >= limit
-        return max(layer.lengths[row] for layer in self.cache.layers) >= limit
+        if self.on_step is not None:
+            self.on_step(self.cache)
 
     def _leave(self, rows: list[int]) -> None:
         """All but these rows leave the batch, and their memory with them."""
@@ -238,7 +248,8 @@ class _Run:
             if row not in rows:
                 self._finish(row)
         self.live = [self.live[row] for row in rows]
-        self.cache.select(rows)
+        if self.resumed is None:
+            self.cache.select(rows)
 
     def _finish(self, row: int) -> None:
         index, stats, size = self.live[row], self.stats, self.cache.token_bytes
@@ -252,8 +263,8 @@ class _Run:
         if self.on_finish is not None:
             self.on_finish(index, one)
 
-    def _prune(self, cache: KVCache) -> None:
-        due = self.policy.due(cache)
+    def _prune(self, cache: KVCache, prefilled: bool = False) -> None:
+        due = self.policy.due(cache, prefilled)
         if not any(due):
             return
         self._count_peak(cache)
@@ -283,4 +294,5 @@ class _Run:
         stats.decode_tokens_per_second = self.decoded / max(stats.decode_seconds, 1e-9)
         stats.kv_reduction = 1 - stats.kv_bytes_final / max(1, stats.kv_bytes_full)
         stats.kv_tokens_mean = self.held_sum / max(1, self.held_count)
+        stats.memory_peak = memory_peak(self.engine.device)
         return Result(self.sequences, stats)

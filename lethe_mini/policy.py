@@ -79,8 +79,9 @@ def split_budget(
     floors = [min(floor, hold) for floor, hold in zip(floors, holds, strict=True)]
     total = min(max(total, sum(floors)), sum(holds))
     # A layer's share is level * weight, held within its bounds; more level, more in all. The tiny
-    # weight that everyone gets lets a layer of weight 0 take what the others cannot hold.
-    weights = [weight + 1e-9 for weight in weights]
+    # weight that everyone has lets a layer of weight 0 take what the others cannot hold.
+    most = max(weights) or 1.0
+    weights = [max(weight / most, 1e-9) for weight in weights]
     low, high = 0.0, (max(holds) + 1) / min(weights)
     for _ in range(100):
         level = (low + high) / 2
@@ -131,8 +132,11 @@ class Policy:
     def check(self, prompt: int) -> None:
         """Raises UserError if so long a prompt cannot be served."""
 
-    def due(self, cache: KVCache) -> list[bool]:
-        """Per sequence: is it time for a round? Decided from its own tokens alone."""
+    def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
+        """Per sequence: is it time for a round? Decided from its own tokens alone.
+
+        prefilled: the last tokens came as a prompt, not one by one.
+        """
         return [False] * len(cache.seen)
 
     def round(self, cache: KVCache, due: list[bool]) -> None:
@@ -210,9 +214,9 @@ class Pruner(Policy):
                 f"tokens, sinks and recent ones included; raise --budget{mend}"
             )
 
-    def due(self, cache: KVCache) -> list[bool]:
+    def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
         return [
-            (seen - prompt) % self.interval == 0 and self.wants(cache, row)
+            (prefilled or (seen - prompt) % self.interval == 0) and self.wants(cache, row)
             for row, (seen, prompt) in enumerate(zip(cache.seen, cache.prompt, strict=True))
         ]
 

@@ -1,6 +1,9 @@
 """What a run gives back: the sequences, and what they cost in time and memory."""
 
+import sys
 from dataclasses import asdict, dataclass, field
+
+import torch
 
 
 @dataclass
@@ -34,10 +37,23 @@ class Stats:
     kv_bytes_full: int = 0  # what a full cache would hold there
     kv_reduction: float = 0.0  # 1 - final / full
     kv_allocated_peak: int = 0  # all tensors of the cache, spare room and bookkeeping included
+    memory_peak: int = 0  # of the process so far: CUDA's allocator, else resident size; 0: unknown
     kv_tokens_mean: float = 0.0  # over steps, layers and sequences
     kv_tokens_final: list[list[int]] = field(default_factory=list)
     rounds: int = 0  # of each sequence, added up
     evicted_tokens: int = 0  # over layers and sequences
+
+
+def memory_peak(device: torch.device) -> int:
+    """Bytes: the most that the process has had so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass
