@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .cache import KVCache, LayerCache
 from .errors import UserError
-from .policy import FullKV, Lethe, Policy, Pruner, option, pyramid
+from .options import option
+from .policy import FullKV, Lethe, Policy, Pruner, pyramid
 
 
 def window_logits(layer: LayerCache, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ What was read or written is never read again: each turn only adds the new tokens
 the cache has forgotten it has forgotten; `/stats` shows how much that is.
 """
 
-import signal
 import sys
 
 from .cache import KVCache
@@ -87,24 +86,13 @@ def chat(conversation: Conversation) -> int:
         elif line.startswith("/"):
             print(HELP, file=sys.stderr)
         elif line:
+            stream = conversation.engine.text.stream()
+
+            def show(_, token: int, stream=stream) -> None:
+                print(stream.push(token), end="", flush=True)
+
             try:
-                _reply(conversation, line)
+                conversation.say(line, show)
+                print(stream.flush(), flush=True)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-
-
-def _reply(conversation: Conversation, line: str) -> None:
-    """Streams one reply. Ctrl-C is held back until a token is done, so that the cache is whole."""
-    stream, stopped = conversation.engine.text.stream(), []
-
-    def show(_, token: int) -> None:
-        print(stream.push(token), end="", flush=True)
-        if stopped:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
-    try:
-        conversation.say(line, show)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    print(stream.flush(), flush=True)

@@ -7,9 +7,7 @@ takes its place. What a sequence gets never depends on its neighbours.
 """
 
 import random
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -17,30 +15,16 @@ from torch import Tensor
 from .cache import KVCache
 from .config import ModelConfig
 from .errors import UserError
-from .loader import load_model, resolve
+from .loader import load_model, pick_device, resolve
 from .model import Transformer
 from .policy import FullKV, Policy
 from .sampling import check_sampling, sample
-from .stats import Generated, Result, Stats, memory_peak
+from .signals import held_back_interrupts
+from .stats import Generated, Meter, Result
 from .text import Text
 
 POSITIONS = ("absolute", "compact")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(name: str) -> str:
-    """ "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError for what is not there."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next((device for device, there in have.items() if there), "cpu")
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", *have):
-        raise UserError(f"device should be auto, cpu, cuda or mps, not {name!r}")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # PyTorch says it in many lines and two ways
-        raise UserError(f"this machine has no device {name!r}; use --device cpu or auto") from None
-    return name
 
 
 class Engine:
@@ -102,8 +86,12 @@ class Engine:
         """
         policy = FullKV() if policy is None else policy
         check_sampling(temperature, top_k, top_p)
+        if isinstance(prompts, str):
+            raise UserError("prompts should be a list; give [text]")
         limits = max_new_tokens
         limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
+        if len(limits) != len(prompts):
+            raise UserError(f"max_new_tokens has {len(limits)} numbers for {len(prompts)} prompts")
         batch_size = max(1, len(prompts) * num_samples) if batch_size is None else batch_size
         if min(*limits, num_samples, batch_size, prefill_chunk, 1) < 1:
             raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
@@ -117,14 +105,18 @@ class Engine:
         run.resumed, run.on_step = cache, on_step
         run.eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
         run.on_token, run.on_finish = on_token, on_finish
-        try:
-            while run.live or run.pending:
-                while run.pending and len(run.live) < batch_size:
-                    run.admit(batch_size - len(run.live), prefill_chunk)
-                run.step(temperature, top_k, top_p)
-        except KeyboardInterrupt:
-            run.interrupt()
-        return run.result()
+        with held_back_interrupts() as run.pressed:
+            try:
+                while (run.live or run.pending) and not run.pressed:
+                    if run.pending and len(run.live) < batch_size:
+                        run.admit(batch_size - len(run.live), prefill_chunk)
+                    else:
+                        run.step(temperature, top_k, top_p)
+            except KeyboardInterrupt:  # from a callback
+                run.pressed.append(True)
+            if run.pressed:
+                run.interrupt()
+        return Result(run.sequences, run.meter.close())
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
@@ -174,17 +166,12 @@ class _Run:
         self.live: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None  # (rows, vocab)
-        self.started = time.perf_counter()
-        self.decoded = self.held_sum = self.held_count = 0
-        facts = {"name": policy.name, **asdict(policy)}
-        device, dtype = str(engine.device), str(engine.dtype).removeprefix("torch.")
-        self.stats = Stats(engine.name, facts, device, dtype, seed, positions)
-        self.stats.kv_tokens_final = [[] for _ in self.sequences]
+        self.meter = Meter(engine, policy, seed, positions, len(self.sequences))
 
     def admit(self, room: int, chunk: int) -> None:
         """Reads the next prompt, alone, in chunks; prunes it if that is due; joins it to the batch,
         once for each of its samples that there is room for."""
-        start = time.perf_counter()
+        self.meter.prefill_begins()
         prompt = self.pending[0] // self.num_samples
         ids = self.encoded[prompt]
         cache = self.resumed or self.engine.new_cache(self.policy, self.positions)
@@ -193,6 +180,8 @@ class _Run:
         elif self.policy.gamma is not None:
             cache.decay(self.policy.gamma)  # one prefill is one update, however it is chunked
         for first in range(0, len(ids), chunk):
+            if self.pressed:
+                return
             tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
             logits = self.model(tokens, cache=cache, last_only=True)[:, -1]
         self._prune(cache, prefilled=True)
@@ -207,7 +196,7 @@ class _Run:
             self.cache, self.logits = cache, logits
         self.live += samples
         self.pending = self.pending[len(samples) :]
-        self.stats.prefill_seconds += time.perf_counter() - start
+        self.meter.prefill_ends()
 
     def step(self, temperature: float, top_k: int, top_p: float) -> None:
         """One token for every live sequence; those that end leave; a round where one is due."""
@@ -234,51 +223,34 @@ class _Run:
         if self.policy.gamma is not None:
             self.cache.decay(self.policy.gamma)
         self.logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
-        self.decoded += len(rows)
-        self.held_sum += self.cache.held
-        self.held_count += len(rows) * len(self.cache.layers)
+        self.meter.step(self.cache)
         self._prune(self.cache)
         if self.on_step is not None:
             self.on_step(self.cache)
 
     def _leave(self, rows: list[int]) -> None:
         """All but these rows leave the batch, and their memory with them."""
-        self._count_peak(self.cache)
-        for row in range(len(self.live)):
-            if row not in rows:
-                self._finish(row)
+        self.meter.peak(self.cache)
+        gone = [index for row, index in enumerate(self.live) if row not in rows]
+        for index in gone:
+            one = self.sequences[index]
+            one.generated_tokens = len(one.token_ids)
+            one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
+            self.meter.final(self.cache, self.live.index(index), index)
         self.live = [self.live[row] for row in rows]
         if self.resumed is None:
             self.cache.select(rows)
-
-    def _finish(self, row: int) -> None:
-        index, stats, size = self.live[row], self.stats, self.cache.token_bytes
-        final = [layer.lengths[row] for layer in self.cache.layers]
-        stats.kv_tokens_final[index] = final
-        stats.kv_bytes_final += sum(final) * size
-        stats.kv_bytes_full += self.cache.seen[row] * len(final) * size
-        one = self.sequences[index]
-        one.generated_tokens = len(one.token_ids)
-        one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
-        if self.on_finish is not None:
-            self.on_finish(index, one)
+        for index in gone:
+            if self.on_finish is not None:
+                self.on_finish(index, self.sequences[index])
 
     def _prune(self, cache: KVCache, prefilled: bool = False) -> None:
         due = self.policy.due(cache, prefilled)
-        if not any(due):
-            return
-        self._count_peak(cache)
-        start, before = time.perf_counter(), cache.held
-        self.policy.round(cache, due)
-        self.stats.rounds += sum(due)
-        self.stats.evicted_tokens += before - cache.held
-        self.stats.prune_seconds += time.perf_counter() - start
-
-    def _count_peak(self, cache: KVCache) -> None:
-        # Memory only grows between two rounds or departures, so looking there is enough.
-        held, allocated = cache.held * cache.token_bytes, cache.allocated
-        self.stats.kv_bytes_peak = max(self.stats.kv_bytes_peak, held)
-        self.stats.kv_allocated_peak = max(self.stats.kv_allocated_peak, allocated)
+        if any(due):
+            waiting = [self.cache] if self.live and cache is not self.cache else []
+            self.meter.peak(cache, *waiting)
+            with self.meter.round(cache, due):
+                self.policy.round(cache, due)
 
     def interrupt(self) -> None:
         """Ends what is live, and what never began, with what there is."""
@@ -287,12 +259,3 @@ class _Run:
             one.finish_reason = one.finish_reason or "interrupted"
         if self.live:
             self._leave([])
-
-    def result(self) -> Result:
-        stats = self.stats
-        stats.decode_seconds = time.perf_counter() - self.started - stats.prefill_seconds
-        stats.decode_tokens_per_second = self.decoded / max(stats.decode_seconds, 1e-9)
-        stats.kv_reduction = 1 - stats.kv_bytes_final / max(1, stats.kv_bytes_full)
-        stats.kv_tokens_mean = self.held_sum / max(1, self.held_count)
-        stats.memory_peak = memory_peak(self.engine.device)
-        return Result(self.sequences, stats)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .config import ModelConfig, read_json
+from .checks import read_json
+from .config import ModelConfig
 from .errors import UserError
 from .model import Transformer
 
@@ -87,6 +88,21 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def pick_device(name: str) -> str:
+    """ "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError for what is not there."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((device for device, there in have.items() if there), "cpu")
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", *have):
+        raise UserError(f"device should be auto, cpu, cuda or mps, not {name!r}")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # PyTorch says it in many lines and two ways
+        raise UserError(f"this machine has no device {name!r}; use --device cpu or auto") from None
+    return name
 
 
 def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Transformer:

@@ -9,7 +9,7 @@ layers (`weights`), how much each token matters (`importance`), and how many of 
 Policies are frozen: whatever changes during a run lives in the cache.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,14 +17,7 @@ from torch import Tensor
 
 from .cache import KVCache, LayerCache
 from .errors import UserError
-
-
-def option(default, help: str, low=None, high=None, choices=None):
-    """A dataclass field that is also a command-line option: its help, its closed range or words."""
-    return field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
-    )
-
+from .options import check_options, option
 
 # -- the paper's equations -------------------------------------------------------------------------
 
@@ -166,19 +159,7 @@ class Pruner(Policy):
     protect_prompt: bool = option(True, "keep the whole prompt; it counts inside the budget")
 
     def __post_init__(self):
-        for spec in fields(self):
-            name, meta = spec.name, spec.metadata
-            value = getattr(self, name)
-            low, high, choices = (meta.get(key) for key in ("low", "high", "choices"))
-            kind = int if spec.default is None else type(spec.default)
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits and not (value is None and spec.default is None):
-                raise UserError(f"{name} should be of type {kind.__name__}, not {value!r}")
-            if choices and value not in choices:
-                raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
-            if low is not None and value is not None and not low <= value <= (high or 1e18):
-                span = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise UserError(f"{name} should be {span}, not {value}")
+        check_options(self)
 
     # -- what a policy may define -------------------------------------------------------------
 

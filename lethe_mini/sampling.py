@@ -16,15 +16,18 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
+    tokens = None
+    if top_k or top_p < 1:
+        logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
     # The best logit at 0: a tiny temperature must not overflow. And a draw must stay below 1.
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    probs, tokens = (logits / max(temperature, 1e-30)).softmax(dim=-1), None
+    probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)
     uniform = torch.tensor(draws, device=logits.device).clamp(max=1 - 2**-24)
-    if top_k or top_p < 1:
-        probs, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    if tokens is not None:
         probs[:, top_k or probs.shape[-1] :] = 0
         before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0)
+        beyond = before >= top_p * probs.sum(-1, keepdim=True)
+        probs = probs.masked_fill(beyond & (before > 0), 0)  # never the best
     cumulated = probs.cumsum(dim=-1)
     # The first token whose cumulated probability is above the target has a probability itself.
     pick = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(dim=-1, keepdim=True)

@@ -1,9 +1,13 @@
 """What a run gives back: the sequences, and what they cost in time and memory."""
 
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
+
+from .cache import KVCache
 
 
 @dataclass
@@ -64,3 +68,61 @@ class Result:
     def to_dict(self) -> dict:
         """The statistics, and beside them the sequences: what `--stats` writes."""
         return {**asdict(self.stats), "sequences": [asdict(one) for one in self.sequences]}
+
+
+class Meter:
+    """Counts a run while it goes on."""
+
+    def __init__(self, engine, policy, seed: int, positions: str, sequences: int):
+        facts = {"name": policy.name, **asdict(policy)}
+        dtype = str(engine.dtype).removeprefix("torch.")
+        self.stats = Stats(engine.name, facts, str(engine.device), dtype, seed, positions)
+        self.stats.kv_tokens_final = [[] for _ in range(sequences)]
+        self.device = engine.device
+        self.started = self.prefill_started = time.perf_counter()
+        self.tokens = self.held = self.places = 0
+
+    def prefill_begins(self) -> None:
+        self.prefill_started = time.perf_counter()
+
+    def prefill_ends(self) -> None:
+        self.stats.prefill_seconds += time.perf_counter() - self.prefill_started
+
+    def step(self, cache: KVCache) -> None:
+        """One token more for every sequence of the cache."""
+        rows = len(cache.seen)
+        self.tokens += rows
+        self.held += cache.held
+        self.places += rows * len(cache.layers)
+
+    def peak(self, *caches: KVCache) -> None:
+        """Looks at the memory. It only grows between rounds and departures, so before is enough."""
+        stats = self.stats
+        held = sum(cache.held * cache.token_bytes for cache in caches)
+        stats.kv_bytes_peak = max(stats.kv_bytes_peak, held)
+        allocated = sum(cache.allocated for cache in caches)
+        stats.kv_allocated_peak = max(stats.kv_allocated_peak, allocated)
+
+    @contextmanager
+    def round(self, cache: KVCache, due: list[bool]):
+        start, before = time.perf_counter(), cache.held
+        yield
+        self.stats.rounds += sum(due)
+        self.stats.evicted_tokens += before - cache.held
+        self.stats.prune_seconds += time.perf_counter() - start
+
+    def final(self, cache: KVCache, row: int, sequence: int) -> None:
+        """A sequence has ended."""
+        final = [layer.lengths[row] for layer in cache.layers]
+        self.stats.kv_tokens_final[sequence] = final
+        self.stats.kv_bytes_final += sum(final) * cache.token_bytes
+        self.stats.kv_bytes_full += cache.seen[row] * len(final) * cache.token_bytes
+
+    def close(self) -> Stats:
+        stats, full = self.stats, self.stats.kv_bytes_full
+        stats.decode_seconds = time.perf_counter() - self.started - stats.prefill_seconds
+        stats.decode_tokens_per_second = self.tokens / max(stats.decode_seconds, 1e-9)
+        stats.kv_reduction = 1 - stats.kv_bytes_final / full if full else 0.0
+        stats.kv_tokens_mean = self.held / max(1, self.places)
+        stats.memory_peak = memory_peak(self.device)
+        return stats

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lethe_mini.config import DTYPES, ROPE_TYPES, ModelConfig, read_json
+from lethe_mini.checks import DTYPES, ROPE_TYPES, read_json
+from lethe_mini.config import ModelConfig
 from lethe_mini.errors import UserError
 
 LLAMA = {

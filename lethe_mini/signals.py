@@ -1,0 +1,28 @@
+"""Ctrl-C that waits for a safe point: a step must not end half way through the layers."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def held_back_interrupts() -> Iterator[list]:
+    """Within it, Ctrl-C only puts something into the list that is yielded; a second one raises
+    KeyboardInterrupt at once. Where Python's own handler is not in charge, nothing changes."""
+    pressed: list[bool] = []
+
+    def note(*_) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    try:
+        default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        before = signal.signal(signal.SIGINT, note) if default else None
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        yield pressed
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)

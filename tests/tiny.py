@@ -1,0 +1,74 @@
+"""Small things that several tests share: a random model of odd sizes, a checkpoint folder of it.
+
+Weights are scaled so that attention has preferences: under uniform attention no policy could go
+wrong. The folder's tokenizer has a token per byte and the two marks of a chat.
+"""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lethe_mini.config import ModelConfig
+from lethe_mini.engine import Engine
+from lethe_mini.model import Transformer
+
+START, END = "<|start|>", "<|end|>"
+TEMPLATE = (
+    "{% for m in messages %}" + START + "{{ m.role }}\n{{ m.content }}" + END + "\n{% endfor %}"
+    "{% if add_generation_prompt %}" + START + "assistant\n{% endif %}"
+)
+SIZES = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 258,
+    "hidden_size": 24,
+    "intermediate_size": 29,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 4093,
+}
+
+
+def model(**changes):
+    """A random transformer, float32; `changes` are keys of config.json."""
+    torch.manual_seed(0)
+    made = Transformer(ModelConfig.from_dict({**SIZES, **changes})).eval().requires_grad_(False)
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=2 / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.uniform_(0.5, 1.5)
+    made.init_rope("cpu")
+    return made
+
+
+def engine(**changes):
+    """An engine without text: its prompts are token ids."""
+    return Engine(model(**changes))
+
+
+def byte_tokenizer():
+    """Token i is byte i, in the order of the byte-level alphabet; 256 and 257 are START and END."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = {char: index for index, char in enumerate(sorted(level.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def folder(path, eos=(257,), template=TEMPLATE, **changes):
+    """A checkpoint in `path`: config, weights, tokenizer, chat template (or None). Returns it."""
+    path.mkdir(exist_ok=True)
+    config = {**SIZES, **changes, "eos_token_id": list(eos)}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = model(**changes).state_dict()
+    named = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in weights.items()}
+    save_file(named, path / "model.safetensors")
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    settings = {} if template is None else {"chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return path
