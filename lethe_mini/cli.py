@@ -80,11 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         words = ", ".join(spec.metadata["choices"] or ())
         text = f"{spec.metadata['help']}{': ' + words if words else ''} ({_defaults(owners)})"
-        kind = {"type": spec.metadata.get("type", type(spec.default))}
-        if isinstance(spec.default, bool):
+        kind = {"type": int if spec.default is None else type(spec.default)}
+        if kind["type"] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif spec.default is None:
-            kind = {"type": int}
         group.add_argument(flag, default=None, help=text, **kind)
     return parser
 
@@ -120,7 +118,10 @@ def build_policy(args: argparse.Namespace) -> Policy:
             raise UserError(f"policy {name} has no --{key.replace('_', '-')}; see --help")
     if "seed" in known:
         given["seed"] = args.seed
-    return Lethe.paper(**given) if args.paper else kind(**given)
+    policy = Lethe.paper(**given) if args.paper else kind(**given)
+    if "budget" in known - given.keys() and name != "lethe":  # it alone can do without
+        raise UserError(f"policy {name} prunes to a budget; give one (--budget N)")
+    return policy
 
 
 def gather_prompts(args: argparse.Namespace) -> list[Prompt]:

@@ -9,6 +9,8 @@ layer, head, query and key, and an attention of its own.
 import dataclasses
 import math
 import random
+import signal
+import threading
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -672,23 +674,73 @@ def test_an_interrupt_in_on_finish_counts_nothing_twice():
     assert result.stats.kv_bytes_final == result.stats.kv_bytes_full == (13 + 15) * LAYERS * 160
 
 
+@pytest.fixture
+def pythons_ctrl_c():
+    """Python's own handler of Ctrl-C, which a run in the background may lack."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def pressing(at, times=1):
+    """A hook that presses Ctrl-C, once or twice, the `at`th time it is called."""
+    calls = []
+
+    def hook(*_):
+        calls.append(0)
+        if len(calls) == at:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    return hook
+
+
+@pytest.mark.parametrize("policy", [FullKV(), POLICY_CASES["layer"]], ids=["full", "lethe"])
 @pytest.mark.parametrize("owner", ["layers.1.mlp", "layers.0", "lm_head"])
-def test_an_interrupt_amid_a_step_keeps_the_text_so_far(owner):
-    """Where Ctrl-C mostly comes: inside the model, when some layers have the token and some not."""
+def test_ctrl_c_amid_a_step_waits_for_its_end(pythons_ctrl_c, owner, policy):
+    """Where it mostly comes: inside the model, when some layers have the token and some not."""
     model = tiny()
     engine, prompts = Engine(model, Letters()), [ids(5), ids(11, 1)]
-    whole = engine.generate(prompts, max_new_tokens=23)
-    for after in (1, 2, 3, 9):  # the first two are the prefills
-        hook = model.get_submodule(owner).register_forward_hook(raising(after))
-        result = engine.generate(prompts, max_new_tokens=23)
+    whole = engine.generate(prompts, policy, max_new_tokens=43)
+    for at in (1, 2, 3, 9, 37):  # the first two are the prefills
+        hook = model.get_submodule(owner).register_forward_hook(pressing(at))
+        result = engine.generate(prompts, policy, max_new_tokens=43)
         hook.remove()
         assert {one.finish_reason for one in result.sequences} == {"interrupted"}
         for one, full in zip(result.sequences, whole.sequences, strict=True):
-            assert one.generated_tokens == max(0, after - 2)
+            assert one.generated_tokens == max(0, at - 2)
             assert one.token_ids == full.token_ids[: one.generated_tokens]
             assert one.text == full.text[: one.generated_tokens]
-        assert result.stats.kv_reduction == 0  # nothing was pruned
-    assert engine.generate(prompts, max_new_tokens=23).sequences == whole.sequences
+        stats = result.stats
+        assert stats.evicted_tokens * 160 + stats.kv_bytes_final == stats.kv_bytes_full
+        assert stats.kv_reduction >= 0
+    assert engine.generate(prompts, policy, max_new_tokens=43).sequences == whole.sequences
+
+
+def test_a_second_ctrl_c_does_not_wait(pythons_ctrl_c):
+    """It ends a step half way; the text so far is kept all the same."""
+    model, prompts = tiny(), [ids(5), ids(11, 1)]
+    engine = Engine(model, Letters())
+    whole = engine.generate(prompts, max_new_tokens=23)
+    hook = model.layers[1].register_forward_hook(pressing(9, times=2))
+    result = engine.generate(prompts, max_new_tokens=23)
+    hook.remove()
+    for one, full in zip(result.sequences, whole.sequences, strict=True):
+        assert one.finish_reason == "interrupted"
+        assert one.token_ids == full.token_ids[:7]
+        assert one.text == full.text[:7]
+
+
+def test_an_engine_works_in_any_thread():
+    """Signals belong to the main thread; elsewhere a run does without them."""
+    engine, results = Engine(tiny()), []
+    thread = threading.Thread(
+        target=lambda: results.append(engine.generate([ids(5)], max_new_tokens=7))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].sequences == engine.generate([ids(5)], max_new_tokens=7).sequences
 
 
 # --- what cannot be done
