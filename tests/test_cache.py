@@ -37,7 +37,7 @@ POLICIES = {
     "lethe-norm": lambda **kwargs: Lethe(knee="none", value_norm=True, **kwargs),
     "lethe-alone": lambda **kwargs: alone(tau=2.0, **kwargs),
     "lethe-alone-head": lambda **kwargs: alone(
-        knee="segment", tau=4.0, granularity="head", **kwargs
+        knee="segment", tau=1.0, granularity="head", **kwargs
     ),
 }
 
@@ -49,6 +49,11 @@ def alone(budget, **kwargs):
 
 def blocks(slots):
     return math.ceil(slots / BLOCK) * BLOCK
+
+
+def protected(policy, prompt):
+    """How many first positions the policy promises to keep."""
+    return max(policy.sinks, prompt) if policy.protect_prompt else policy.sinks
 
 
 class Row:
@@ -204,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
             lengths = [row.length(index) for index in range(L)]
             assert all(share <= n for share, n in zip(mine, lengths, strict=True))
             if policy.budget is not None:
-                floor = policy.protected(row.prompt) + policy.min_recent
+                floor = protected(policy, row.prompt) + policy.min_recent
                 floors = [min(floor, n) for n in lengths]
                 assert sum(mine) == min(sum(lengths), max(sum(floors), policy.budget * L))
         found = []
@@ -219,7 +224,7 @@ class CacheMachine(RuleBasedStateMachine):
                 salient = n
                 if isinstance(policy, Lethe):
                     salient = self.salient(policy, scores, row, index)
-                always = policy.protected(row.prompt)
+                always = protected(policy, row.prompt)
                 room = shares[index][number]
                 room -= min(always, n) if policy.budget is not None else 0
                 recent = min(room, max(policy.min_recent, int(policy.recent_ratio * room)))

@@ -21,7 +21,7 @@ import torch
 import lethe_mini.engine
 from lethe_mini.baselines import POLICIES
 from lethe_mini.cache import LayerCache
-from lethe_mini.chat import HELP, Conversation, _reply
+from lethe_mini.chat import HELP, Conversation
 from lethe_mini.cli import main
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
@@ -97,7 +97,7 @@ def wording(engine, turns, system=None):
         tokens += encode(f"{tiny.START}system\n{system}{tiny.END}\n")
     for text, reply in turns:
         tokens += encode(f"{tiny.START}user\n{text}{tiny.END}\n{tiny.START}assistant\n") + reply
-        tokens += encode("\n" if reply[-1] == END_ID else f"{tiny.END}\n")
+        tokens += encode("\n" if reply[-1:] == [END_ID] else f"{tiny.END}\n")
     return tokens
 
 
@@ -364,15 +364,17 @@ def test_a_chat_takes_its_prompts_from_the_terminal(monkeypatch, capsys, folder,
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", [0, 1, 4, 19, 61])
+@pytest.mark.parametrize("call", [0, 1, 5, 10, 30, 61])
 @pytest.mark.parametrize("name", ["full", "lethe", "snapkv"])
-def test_ctrl_c_amid_a_step_stops_between_two_tokens(monkeypatch, capsys, engine, name, call):
-    """The signal comes while a layer is being written, in the prompt or the reply: the token is
-    still finished in all layers, and all that follows is as after a reply of that length."""
-    options = {"max_new_tokens": 40, "ignore_eos": True}
-    chat, other = (Conversation(engine, CASES[name], **options) for _ in range(2))
-    for each in (chat, other):
-        each.say(SAY[0])
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_ctrl_c_loses_nothing_and_reads_nothing_twice(monkeypatch, engine, name, call, chunk):
+    """The signal comes while a layer is being written, in what was said or in the reply: the step is
+    finished in all layers, and after the next turn the model has read the whole conversation, every
+    token once."""
+    noting = reading(engine)
+    options = {"max_new_tokens": 40, "ignore_eos": True, "prefill_chunk": chunk}
+    chat = Conversation(noting, CASES[name], **options)
+    turns = [(SAY[0], chat.say(SAY[0]).sequences[0].token_ids)]
     append, calls = LayerCache.append, []
 
     def interrupted(self, *args):
@@ -385,18 +387,35 @@ def test_ctrl_c_amid_a_step_stops_between_two_tokens(monkeypatch, capsys, engine
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(LayerCache, "append", interrupted)
-        _reply(chat, SAY[2])
+        one = chat.say(SAY[2]).sequences[0]
     assert signal.getsignal(signal.SIGINT) is before
-    assert len(calls) % 3 == 0
+    assert one.finish_reason == "interrupted"
+    assert len(calls) == 3 * (call // 3 + 1)
     check_whole(chat.cache)
-    count = call // 3 + 1  # the prompt is one step, and gives the first token
-    assert len(calls) == 3 * count
-    other.options["max_new_tokens"] = count
-    other.say(SAY[2])
-    assert chat.unread == other.unread
-    assert held(chat.cache) == held(other.cache)
-    chat.options["max_new_tokens"] = other.options["max_new_tokens"] = 9
-    assert chat.say(SAY[3]).sequences == other.say(SAY[3]).sequences
+    turns.append((SAY[2], one.token_ids))
+    turns.append((SAY[3], chat.say(SAY[3]).sequences[0].token_ids))
+    check_whole(chat.cache)
+    assert noting.model.tokens == wording(engine, turns)[: len(noting.model.tokens)]
+    assert chat.cache.seen == [len(noting.model.tokens)]
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_callback_may_stop_a_reply(engine, count):
+    """KeyboardInterrupt from on_token: the same law."""
+    noting, shown = reading(engine), []
+
+    def on_token(_, token):
+        shown.append(token)
+        if len(shown) == count:
+            raise KeyboardInterrupt
+
+    chat = Conversation(noting, CASES["lethe"], max_new_tokens=20, ignore_eos=True)
+    turns = [(SAY[0], chat.say(SAY[0], on_token).sequences[0].token_ids)]
+    assert turns[0][1] == shown
+    assert len(shown) == count
+    turns.append((SAY[1], chat.say(SAY[1]).sequences[0].token_ids))
+    assert noting.model.tokens == wording(engine, turns)[: len(noting.model.tokens)]
+    check_whole(chat.cache)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT of Unix")

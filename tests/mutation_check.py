@@ -1,0 +1,111 @@
+"""Do the tests see what they should? Plants five classic faults, one at a time, in a copy.
+
+    python tests/mutation_check.py
+
+Prints which test caught which fault; exits 1 if a fault survives, or if the copy fails without one.
+A fault is a replacement of text that must stand in its file exactly once, so that this script fails
+rather than tests nothing when the code has moved on.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = (
+    "tests/test_cache.py",
+    "tests/test_all_policies.py::test_rounds_obey_the_laws_whatever_comes",
+    "tests/test_all_policies.py::test_scores_move_with_their_key",
+    "tests/test_all_policies.py::test_logits_are_those_of_a_full_pass_without_the_evicted",
+)
+FAULTS = {  # what is wrong: file, right text, wrong text
+    "recent window one short": ("policy.py", "slots >= first_recent", "slots > first_recent"),
+    "kept indices by score, unsorted": (
+        "policy.py",
+        "(~kept).int().argsort(dim=-1, stable=True)",
+        "importance.masked_fill(~kept, -torch.inf).argsort(dim=-1, descending=True)",
+    ),
+    "scores stay when keys move": (
+        "cache.py",
+        "moved = old[rows, cols, indices]",
+        'moved = old[:, :, :n].clone() if name == "scores" else old[rows, cols, indices]',
+    ),
+    "position taken from the slot": (
+        "model.py",
+        "cache.seen_tensor()",
+        "cache.layers[0].lengths_tensor()",
+    ),
+    "sinks unprotected": ("policy.py", "else self.sinks", "else 0"),
+}
+# Fewer examples, the same in every run, and the first failure as it comes.
+PROFILE = """
+from hypothesis import Phase
+settings.register_profile(
+    "mutation",
+    parent=settings.get_profile("default"),
+    max_examples=50,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
+settings.load_profile("mutation")
+"""
+
+
+def copy_to(folder: Path) -> None:
+    """The package and its tests, with the profile above."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("lethe_mini", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    with (folder / "tests" / "conftest.py").open("a") as file:
+        file.write(PROFILE)
+
+
+def plant(folder: Path, file: str, right: str, wrong: str) -> None:
+    """Replaces the one place; exits if it is not there or not alone."""
+    path = folder / "lethe_mini" / file
+    text = path.read_text()
+    if text.count(right) != 1:
+        sys.exit(f"{file} should hold {right!r} once, not {text.count(right)} times; mend FAULTS")
+    path.write_text(text.replace(right, wrong))
+
+
+def failing_test(folder: Path) -> str | None:
+    """The first test that fails there, or None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    # The copy comes first on the path, before any installed package.
+    env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode == 0:
+        return None
+    if run.returncode != 1 or found is None:
+        sys.exit(f"pytest could not run:\n{run.stdout}{run.stderr}")
+    return found[1].removeprefix("tests/")
+
+
+def main() -> int:
+    survivors = 0
+    for name, fault in {"none": None, **FAULTS}.items():
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            copy_to(folder)
+            if fault is not None:
+                plant(folder, *fault)
+            caught = failing_test(folder)
+        seconds = f"{time.monotonic() - start:4.0f} s"
+        print(f"{name:32} {seconds}  {caught or 'all tests pass'}", flush=True)
+        survivors += (caught is None) == (fault is not None)
+    print("every fault is caught" if not survivors else f"{survivors} not as it should be")
+    return min(1, survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
