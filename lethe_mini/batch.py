@@ -18,6 +18,8 @@ from .errors import UserError
 from .policy import Policy
 from .stats import Result
 
+HEAD = b'{"id": '  # how every line begins
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -33,7 +35,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     UserError that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a BOM
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; convert it") from None
     except OSError as error:
@@ -46,7 +48,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         prompts.append(
             _parse(line, number, where)
             if path.suffix in (".jsonl", ".ndjson")
-            else Prompt(number, line.rstrip("\r"))
+            else Prompt(number, line)
         )
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one a line")
@@ -67,6 +69,10 @@ def _parse(line: str, number: int, where: str) -> Prompt:
     if not data["prompt"].strip():
         raise UserError(f"{where}: the prompt is empty; give it some text")
     id, most = data.get("id", number), data.get("max_new_tokens")
+    try:
+        f"{id}{data['prompt']}".encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not valid Unicode; save it as UTF-8") from None
     if type(id) not in (str, int):
         raise UserError(f"{where}: id should be a string or a whole number, not {id!r}")
     if most is not None and (type(most) is not int or most < 1):
@@ -79,33 +85,40 @@ def digest(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_done(path: Path, prompts: list[Prompt], num_samples: int, run: str) -> set[tuple]:
-    """The (id, sample) pairs that an output file already has. Raises UserError if it is not this
-    run's; a last line that a crash of the machine cut short is taken off."""
+def read_done(path: Path, prompts: list[Prompt], num_samples: int, runs: dict) -> set[tuple]:
+    """The (id, sample) pairs that an output file already has; `runs`: id -> the digest of what its
+    lines are made with. Raises UserError if the file is not this run's; only then is a last line
+    that a crash cut short taken off."""
     if not path.exists():
         return set()
-    known, done = {prompt.id: prompt.text for prompt in prompts}, set()
+    mend = "name another --output, or delete it"
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file; {mend}")
     try:
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    known, done = {prompt.id: prompt.text for prompt in prompts}, set()
+    whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
     for number, line in enumerate(whole.splitlines(), 1):
-        mend = "name another --output, or delete it"
         try:
             entry = json.loads(line)
             key, prompt, made_by = (entry["id"], entry["sample"]), entry["prompt"], entry["run"]
-        except (ValueError, KeyError, TypeError):
+            if type(key[0]) not in (str, int) or type(key[1]) is not int:
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number}: not a line of this command; {mend}") from None
-        if key[0] not in known or known[key[0]] != prompt or not 0 <= key[1] < num_samples:
+        if known.get(key[0]) != prompt or not 0 <= key[1] < num_samples:
             raise UserError(f"{path} belongs to other prompts (line {number}); {mend}")
-        if made_by != run:
+        if made_by != runs[key[0]]:
             raise UserError(f"{path} was made with other settings (line {number}); {mend}")
         if key in done:
             raise UserError(f"{path}, line {number}: {key[0]!r} is there twice; {mend}")
         done.add(key)
+    if torn:
+        if not (torn.startswith(HEAD) or HEAD.startswith(torn)):
+            raise UserError(f"{path} does not end in a line of this command; {mend}")
+        os.truncate(path, len(whole))
     return done
 
 
@@ -122,9 +135,10 @@ def run_batch(
     """Writes to `output` what it lacks; None if it is complete. Options: Engine.generate's."""
     facts = {k: v for k, v in options.items() if k not in ("batch_size", "prefill_chunk")}
     settings = {"model": engine.name, "dtype": str(engine.dtype), "policy": policy.name}
-    settings |= {**asdict(policy), **facts, "max_new_tokens": max_new_tokens}
-    run = digest(settings)
-    done = read_done(output, prompts, num_samples, run)
+    settings |= {**asdict(policy), **facts}
+    limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in prompts}
+    runs = {id: digest({**settings, "max_new_tokens": limit}) for id, limit in limits.items()}
+    done = read_done(output, prompts, num_samples, runs)
     # A prompt is run again whole if a sample of it is missing: samples share their prefill.
     left = [p for p in prompts if any((p.id, i) not in done for i in range(num_samples))]
     if not left:
@@ -134,7 +148,7 @@ def run_batch(
         file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from None
-    bar = tqdm(total=missing, unit="seq", disable=quiet or None, dynamic_ncols=True)
+    bar = tqdm(total=missing, unit="seq", disable=quiet or None, miniters=0)
     tokens = 0
 
     def on_token(index: int, token: int) -> None:
@@ -152,7 +166,7 @@ def run_batch(
         if (prompt.id, number) in done:
             return
         entry = {"id": prompt.id, "sample": number, "prompt": prompt.text, **asdict(one)}
-        line = json.dumps({**entry, "run": run}, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps({**entry, "run": runs[prompt.id]}, ensure_ascii=False).encode() + b"\n"
         if os.write(file, line) != len(line):  # one call, so that a line is there whole or not
             raise UserError(f"cannot write {output}: the disk is full")
         bar.update()
@@ -161,7 +175,7 @@ def run_batch(
         return engine.generate(
             [prompt.text for prompt in left],
             policy,
-            max_new_tokens=[prompt.max_new_tokens or max_new_tokens for prompt in left],
+            max_new_tokens=[limits[prompt.id] for prompt in left],
             num_samples=num_samples,
             on_token=on_token,
             on_finish=on_finish,

@@ -27,16 +27,16 @@ class Conversation:
     def reset(self) -> None:
         """Forgets all turns."""
         self.cache: KVCache = self.engine.new_cache(self.policy, self.positions)
-        self.unread: list[int] = []  # the last token of a reply: sampled, but not in the cache yet
+        self.unread: list[int] = []  # sampled or said, but not in the cache yet
         self.turns = 0
 
     def say(self, text: str, on_token=None) -> Result:
         """One turn: reads what is new, returns the reply. Raises UserError."""
-        ids = self._next_ids(text)
+        ids, before = self._next_ids(text), self.cache.seen[0]
         result = self.engine.generate(
             [ids], self.policy, cache=self.cache, on_token=on_token, **self.options
         )
-        self.unread = result.sequences[0].token_ids[-1:]
+        self.unread = (ids + result.sequences[0].token_ids)[self.cache.seen[0] - before :]
         self.turns += 1
         return result
 
@@ -55,7 +55,7 @@ class Conversation:
         after = rendered.rpartition(MARK)[2]
         ids = tokenizer.encode(after, add_special_tokens=False)
         # A reply that ended by itself ends in the token that the template writes first.
-        return ids if self.unread == ids[:1] else self.unread + ids
+        return self.unread[:-1] + ids if self.unread[-1:] == ids[:1] else self.unread + ids
 
     def stats(self) -> str:
         """What the cache holds of what it has seen, in one line."""

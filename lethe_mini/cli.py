@@ -201,8 +201,10 @@ def _write(path: Path, text: str, mode: str = "w") -> None:
 
 def run(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show must not end the run
-        sys.stdout.reconfigure(errors="replace")
+    # What the terminal cannot show, or sends that is no text, must not end the run.
+    for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     policy, prompts = build_policy(args), gather_prompts(args)
     check_sampling(args.temperature, args.top_k, args.top_p)
     if args.interactive and (args.prompt or args.prompt_file or args.output or args.raw):

@@ -7,7 +7,9 @@ takes its place. What a sequence gets never depends on its neighbours.
 """
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -159,10 +161,8 @@ class _Run:
         self.encoded, self.limits, self.num_samples = encoded, limits, num_samples
         self.positions = positions
         self.sequences = [Generated(len(ids)) for ids in encoded for _ in range(num_samples)]
-        self.draws = [
-            random.Random(f"{seed}-{index % num_samples}") for index in range(len(self.sequences))
-        ]
-        self.pending = list(range(len(self.sequences)))
+        self.seed, self.draws = seed, {}  # sequence -> its random numbers, while it lives
+        self.pending = deque(range(len(self.sequences)))
         self.live: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None  # (rows, vocab)
@@ -175,7 +175,7 @@ class _Run:
         prompt = self.pending[0] // self.num_samples
         ids = self.encoded[prompt]
         cache = self.resumed or self.engine.new_cache(self.policy, self.positions)
-        if self.resumed is None:
+        if not cache.seen[0]:
             cache.prompt = [len(ids)]
         elif self.policy.gamma is not None:
             cache.decay(self.policy.gamma)  # one prefill is one update, however it is chunked
@@ -185,7 +185,10 @@ class _Run:
             tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
             logits = self.model(tokens, cache=cache, last_only=True)[:, -1]
         self._prune(cache, prefilled=True)
-        samples = [i for i in self.pending[:room] if i // self.num_samples == prompt]
+        samples = [i for i in islice(self.pending, room) if i // self.num_samples == prompt]
+        for index in samples:
+            self.pending.popleft()
+            self.draws[index] = random.Random(f"{self.seed}-{index % self.num_samples}")
         if len(samples) > 1:
             cache.select([0] * len(samples))
             logits = logits.repeat(len(samples), 1)
@@ -195,7 +198,6 @@ class _Run:
         else:
             self.cache, self.logits = cache, logits
         self.live += samples
-        self.pending = self.pending[len(samples) :]
         self.meter.prefill_ends()
 
     def step(self, temperature: float, top_k: int, top_p: float) -> None:
@@ -237,6 +239,7 @@ class _Run:
             one.generated_tokens = len(one.token_ids)
             one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
             self.meter.final(self.cache, self.live.index(index), index)
+            del self.draws[index]
         self.live = [self.live[row] for row in rows]
         if self.resumed is None:
             self.cache.select(rows)

@@ -48,33 +48,12 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        inner, inner_kv = (
-            heads * config.head_dim
-            for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.o_bias)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache | None
-    ) -> Tensor:
-        """x: (B, T, hidden); cos, sin: (B, 1, T, D/2); positions: (B, T) -> (B, T, hidden)."""
-        B, T, _ = x.shape
-        q, k, v = (  # (B, heads, T, D)
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
-            out, _ = attend(q, k, v, mask=None)
-        else:
-            mask = cache.append(k, v, positions)
-            out, mass = attend(q, cache.keys, cache.values, mask, want_mass=cache.scored)
-            cache.observe(q, mass)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        hidden, D = config.hidden_size, config.head_dim
+        inner, inner_kv = config.num_attention_heads * D, config.num_key_value_heads * D
+        self.q_proj = nn.Linear(hidden, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, inner_kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, inner_kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner, hidden, bias=config.o_bias)
 
 
 class MLP(nn.Module):
@@ -90,16 +69,40 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: `before` and `after` attention are pure functions; between them is the cache."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.head_dim = config.head_dim
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *args) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *args)
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, hidden); cos, sin: (B, 1, T, D/2) -> q (B, H, T, D); k, v (B, H_kv, T, D)."""
+        B, T, _ = x.shape
+        x, attn = self.input_layernorm(x), self.self_attn
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in projections)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
+        """x: (B, T, hidden); out: (B, H, T, D), what attention gave -> (B, T, hidden)."""
+        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache | None
+    ) -> Tensor:
+        q, k, v = self.before(x, cos, sin)
+        if cache is None:
+            out, _ = attend(q, k, v, mask=None)
+        else:
+            mask = cache.append(k, v, positions)
+            out, mass = attend(q, cache.keys, cache.values, mask, want_mass=cache.scored)
+            cache.observe(q, mass)
+        return self.after(x, out)
 
 
 class Transformer(nn.Module):

@@ -230,11 +230,11 @@ class Pruner(Policy):
         importance = self.importance(layer, cache)
         salient = self.salient(importance, layer, due)
         lengths, device = layer.lengths, importance.device
-        protected = [min(self.protected(p), n) for p, n in zip(cache.prompt, lengths, strict=True)]
-        recent = [
-            self.recent(part - floor if self.budget is not None else part) if ready else length
-            for part, floor, length, ready in zip(share, protected, lengths, due, strict=True)
-        ]
+        protected = [self.protected(prompt) for prompt in cache.prompt]
+        recent = list(lengths)  # whoever is not due keeps all
+        for row in (row for row, ready in enumerate(due) if ready):
+            floor = 0 if self.budget is None else min(protected[row], lengths[row])
+            recent[row] = self.recent(share[row] - floor)
         valid = layer.valid()
         slots = torch.arange(layer.length, device=device)
         first_recent = layer.lengths_tensor() - torch.tensor(recent, device=device)

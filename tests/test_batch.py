@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import tiny
@@ -32,7 +31,6 @@ from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
 from lethe_mini.policy import FullKV, Lethe, Pruner
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = [1, 300, 2, 97, 151, 23, 64, 211]  # of the prompts in a batch of 8
 VOCAB = tiny.SIZES["vocab_size"]
 few = settings(max_examples=max(5, settings.default.max_examples // 12))
@@ -618,17 +616,12 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(named,
 # -- the command, killed and stopped ---------------------------------------------------------------
 
 
-def command(folder, prompts, output, *more):
+def words(folder, prompts, output, *more):
     argv = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--raw", "--batch-size", 3]
     argv += ["--prompt-file", prompts, "--output", output, "--max-new-tokens", 150, "--seed", 1]
     argv += ["--temperature", 1, "--ignore-eos", "--budget", 40, "--interval", 5, "--lethe"]
     argv += ["--no-protect-prompt", "--num-samples", 2, *more]
-    return [sys.executable, ROOT / "generate.py", *argv]
-
-
-def start(argv, **options):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([str(word) for word in argv], env=env, **options)
+    return [str(word) for word in argv]
 
 
 def test_killed_and_stopped_at_any_time_no_prompt_is_lost_or_done_twice(folder, tmp_path):
@@ -640,13 +633,13 @@ def test_killed_and_stopped_at_any_time_no_prompt_is_lost_or_done_twice(folder, 
              enumerate(texts)]  # fmt: skip
     prompts = written(tmp_path / "p.jsonl", lines)
     output, reference = tmp_path / "out.jsonl", tmp_path / "reference.jsonl"
-    assert main([str(word) for word in command(folder, prompts, reference, "--quiet")[2:]]) == 0
+    assert main(words(folder, prompts, reference, "--quiet")) == 0
     expected = sorted(lines_of(reference))
     assert len(expected) == 18
 
     before, killed = [], 0
     for signals in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-        run = start(command(folder, prompts, output), stderr=subprocess.DEVNULL)
+        run = tiny.command(*words(folder, prompts, output), stderr=subprocess.DEVNULL)
         goal = len(before) + rng.randrange(1, 5)
         while run.poll() is None and (
             not output.exists() or output.read_bytes().count(b"\n") < goal
@@ -665,7 +658,7 @@ def test_killed_and_stopped_at_any_time_no_prompt_is_lost_or_done_twice(folder, 
         before = now
     assert killed
     assert len(before) < len(expected)
-    argv = [str(word) for word in command(folder, prompts, output, "--quiet")[2:]]
+    argv = words(folder, prompts, output, "--quiet")
     assert main(argv) == 0
     assert lines_of(output)[: len(before)] == before
     assert sorted(lines_of(output)) == expected
@@ -690,7 +683,7 @@ def test_a_progress_bar_shows_speed_and_memory(folder, tmp_path):
     def screen(*more):
         ours, its = pty.openpty()
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-        run = start(command(folder, prompts, output, *more), stderr=its, stdout=its)
+        run = tiny.command(*words(folder, prompts, output, *more), stderr=its, stdout=its)
         os.close(its)
         shown = b""
         while True:

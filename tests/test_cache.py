@@ -37,7 +37,7 @@ POLICIES = {
     "lethe-norm": lambda **kwargs: Lethe(knee="none", value_norm=True, **kwargs),
     "lethe-alone": lambda **kwargs: alone(tau=2.0, **kwargs),
     "lethe-alone-head": lambda **kwargs: alone(
-        knee="segment", tau=1.0, granularity="head", **kwargs
+        knee="segment", segments=3, tau=2.0, granularity="head", **kwargs
     ),
 }
 
@@ -129,8 +129,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert mask[:, 0].expand(len(before), -1, -1).tolist() == right
 
     def observe(self, layer, index, rows, q):
-        """A step's mass, quarters on what is held and nothing beyond."""
-        mass = self.draw(len(rows), KV_HEADS, layer.length).abs() * layer.valid()
+        """A step's mass, from 1/4 to 16 on what is held and nothing beyond."""
+        shape = (len(rows), KV_HEADS, layer.length)
+        mass = 2.0 ** torch.randint(-2, 5, shape, generator=self.numbers) * layer.valid()
         layer.observe(q, mass)
         for row, new, asked in zip(rows, mass.tolist(), q.transpose(1, 2).tolist(), strict=True):
             for head, received in zip(row.slots[index], new, strict=True):

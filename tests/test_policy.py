@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lethe_mini.attention import attend, received_mass
-from lethe_mini.baselines import POLICIES, RKV, TOVA, PyramidKV, SnapKV, redundancy
+from lethe_mini.baselines import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, redundancy
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError
 from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, pyramid, select, split_budget
@@ -272,6 +272,31 @@ def test_a_larger_budget_keeps_all_that_a_smaller_one_kept(policy, knee, held, r
         smaller = kept
     if knee == "none":
         assert smaller == [set(range(held))] * 3
+
+
+def test_protection_is_by_position_however_few_tokens_are_left():
+    """A prompt that another policy has thinned: what is left of it stays, though it is short."""
+    cache = feed(cache_of(scored=True), 9)
+    cache.prompt, layer = [9], cache.layers[0]
+    layer.keep(torch.tensor([[[3, 4, 6, 8]] * 3]), [4])
+    layer.scores.copy_(torch.tensor([8.0, 1, 1, 1]))
+    Lethe(budget=2, tau=1.5).round(cache, [True])
+    assert layer.positions.tolist() == [[[3, 4, 6, 8]] * 3]
+
+
+def test_a_policy_may_follow_another_that_protected_less():
+    """Heads may then hold more or fewer protected tokens, yet all keep these and the newest, in
+    the order of the text."""
+    cache = feed(cache_of(scored=True), 40)
+    H2O(budget=20, protect_prompt=False).round(cache, [True])
+    layer = cache.layers[0]
+    sinks = [[p for p in head if p < 4] for head in layer.positions[0].tolist()]
+    Lethe(budget=10, knee="none", protect_prompt=False).round(cache, [True])
+    assert layer.lengths == [10]
+    assert len({len(held) for held in sinks}) > 1
+    for head, held in zip(layer.positions[0].tolist(), sinks, strict=True):
+        assert head == sorted(set(head))
+        assert set(held) | {39} <= set(head)
 
 
 # -- scores over time ----------------------------------------------------------------------------

@@ -5,6 +5,10 @@ wrong. The folder's tokenizer has a token per byte and the two marks of a chat.
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -72,3 +76,19 @@ def folder(path, eos=(257,), template=TEMPLATE, **changes):
     settings = {} if template is None else {"chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return path
+
+
+# Where the tests run in the background Ctrl-C may be ignored, and a process inherits that.
+MAIN = """
+import signal, sys
+from lethe_mini.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
+
+def command(*argv, **options):
+    """The command line in a process of its own, on one thread; options are those of Popen."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    argv = [sys.executable, "-c", MAIN, *map(str, argv)]
+    return subprocess.Popen(argv, env=env, **options)
