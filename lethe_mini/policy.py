@@ -323,20 +323,29 @@ class Lethe(Pruner):
     def _threshold(self, layer: LayerCache, row: int) -> int:
         return layer.thresholds[row] or self.evict_threshold
 
+    def round(self, cache: KVCache, due: list[bool]) -> None:
+        tried = [
+            (layer, row)
+            for layer in cache.layers
+            for row in range(len(due))
+            if due[row] and layer.lengths[row] > self._threshold(layer, row)
+        ]
+        super().round(cache, due)
+        # A layer tries again when it holds twice what it kept: without a breakpoint, where it kept
+        # all, its threshold so doubles, and no layer tries at every step (Algorithm 1).
+        for layer, row in tried if self.budget is None else ():
+            kept = layer.lengths[row]
+            layer.thresholds[row] = max(self._threshold(layer, row), 2 * kept)
+
     def salient(self, importance: Tensor, layer: LayerCache, due: list[bool]) -> list[int]:
-        """Algorithm 1: tokens before the breakpoint. Without one, all stay and, if no budget is
-        given, the layer's threshold doubles."""
+        """Algorithm 1: the tokens before the breakpoint, or all of them if there is none."""
         # Every head's curve, then their mean: after a round a slot is another token in every head.
         ranked = importance.masked_fill(~layer.valid(), -torch.inf)
         ranked = ranked.sort(dim=-1, descending=True).values.mean(1).cpu()
         counts = layer.lengths
         for row, length in enumerate(layer.lengths):
             over = self.budget is not None or length > self._threshold(layer, row)
-            if not due[row] or not over:
-                continue
-            found = find_breakpoint(ranked[row], length, self.segments, self.tau, self.knee)
-            if found is not None:
-                counts[row] = found
-            elif self.budget is None:
-                layer.thresholds[row] = 2 * self._threshold(layer, row)
+            if due[row] and over:
+                found = find_breakpoint(ranked[row], length, self.segments, self.tau, self.knee)
+                counts[row] = length if found is None else found
         return counts

@@ -52,7 +52,7 @@ ALL |= {
         "segment": {"knee": "segment", "tau": 1.5, "segments": 7},
         "no-knee": {"knee": "none", "protect_prompt": False},
         "alone": {"budget": None, "evict_threshold": 11, "tau": 2.0, "segments": 5},
-        "alone-segment": {"budget": None, "evict_threshold": 11, "knee": "segment", "tau": 1.5},
+        "alone-segment": {"budget": None, "evict_threshold": 9, "knee": "segment", "tau": 1.5},
         "alone-head": {
             "budget": None,
             "evict_threshold": 5,

@@ -45,7 +45,7 @@ def make(policy, **changes):
 
 CASES = {name: make(policy) for name, policy in POLICIES.items()}
 CASES |= {
-    "lethe-protected": make(Lethe, budget=323, protect_prompt=True),
+    "lethe-protected": make(Lethe, budget=310, protect_prompt=True),
     "lethe-alone": make(Lethe, budget=None, evict_threshold=31, tau=5.0),
     "lethe-head": make(Lethe, granularity="head", value_norm=True, tau=20.0),
 }
@@ -117,7 +117,7 @@ def test_a_batch_is_each_prompt_alone(monkeypatch, engine, policy, temperature):
     """Eight prompts of 1 to 300 tokens, all at once and three at a time, with different ends: every
     sequence has the tokens, the logits (to 1e-4) and the kept positions that it has alone."""
     prompts = [ids(length, 0) for length in LENGTHS]
-    limits = [24, 9, 24, 16, 1, 24, 20, 12]
+    limits = [9, 24, 24, 16, 1, 24, 20, 12]
     options = {"temperature": temperature, "seed": 5}
     runs = [
         traced(monkeypatch, engine, prompts, policy, limits, batch_size=size, **options)
@@ -135,7 +135,7 @@ def test_a_batch_is_each_prompt_alone(monkeypatch, engine, policy, temperature):
             )
     for together, _ in runs:
         assert together.stats.rounds == runs[0][0].stats.rounds
-        assert (together.stats.rounds > 8) == (policy.name != "full" and policy.budget != 323)
+        assert (together.stats.rounds > 0) == (policy.name != "full")
 
 
 @pytest.mark.parametrize("size", range(1, 9))
@@ -707,6 +707,7 @@ def test_a_progress_bar_shows_speed_and_memory(folder, tmp_path):
     output.write_bytes(b"".join(line + b"\n" for line in kept))
     assert "2/2" in screen()
     output.unlink()
+    written(prompts, lines[:1])
     assert screen("--quiet") == ""
 
 

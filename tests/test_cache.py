@@ -222,9 +222,13 @@ class CacheMachine(RuleBasedStateMachine):
                 n = row.length(index)
                 scores = [head[:n] for head in importance[number].tolist()]
                 self.check_scores(policy, scores, row.slots[index])
-                salient = n
-                if isinstance(policy, Lethe):
-                    salient = self.salient(policy, scores, row, index)
+                salient, threshold = (
+                    n,
+                    row.thresholds[index] or getattr(policy, "evict_threshold", 0),
+                )
+                tried = isinstance(policy, Lethe) and (policy.budget is not None or n > threshold)
+                if tried:
+                    salient = self.salient(policy, scores)
                 always = protected(policy, row.prompt)
                 room = shares[index][number]
                 room -= min(always, n) if policy.budget is not None else 0
@@ -232,6 +236,8 @@ class CacheMachine(RuleBasedStateMachine):
                 positions = [[slot[2] for slot in head] for head in row.slots[index]]
                 share = shares[index][number]
                 chosen = oracles.prune(scores, positions, always, recent, share, salient)
+                if tried and policy.budget is None:
+                    row.thresholds[index] = max(threshold, 2 * len(chosen[0]))
                 found.append((index, row, chosen))
         return found
 
@@ -243,17 +249,12 @@ class CacheMachine(RuleBasedStateMachine):
         elif isinstance(policy, Lethe) and not policy.value_norm:
             assert scores == [[math.fsum(column) for column in zip(*held, strict=True)]] * KV_HEADS
 
-    def salient(self, policy, scores, row, index):
-        """Algorithm 1, and the threshold that doubles where it finds nothing."""
-        n, threshold = len(scores[0]), row.thresholds[index] or policy.evict_threshold
+    def salient(self, policy, scores):
+        """Algorithm 1: the tokens before the breakpoint, or all."""
         ranked = zip(*(sorted(head, reverse=True) for head in scores), strict=True)
         ranked = [math.fsum(column) for column in ranked]
-        if policy.budget is None and n <= threshold:
-            return n
         found = oracles.breakpoint(ranked, policy.segments, policy.tau, policy.knee)
-        if found is None and policy.budget is None:
-            row.thresholds[index] = 2 * threshold
-        return found or n
+        return found or len(scores[0])
 
     @rule(data=st.data())
     def select(self, data):
