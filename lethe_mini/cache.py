@@ -98,14 +98,15 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor | None:
         """Stores T tokens. k, v: (B, H_kv, T, D) after RoPE; positions: (B, T).
 
-        Returns the mask for these queries, (B or 1, 1, T, S), True where they may look, or None
-        where `attend` needs none. It comes from slots: they are in the order of the text.
+        Returns the mask for these queries over `attended(T)`, (B or 1, 1, T, slots), True where
+        they may look, or None where `attend` needs none. It comes from slots: they are in the order
+        of the text.
         """
         T, start = k.shape[2], self.length
         if start + T > self.capacity:
             self._resize(blocks(start + T))
         new = {"keys": k, "values": v, "positions": positions[:, None].expand(k.shape[:3])}
-        slots = self.next_slots(T) if self._ragged or (T > 1 and start) else None
+        slots = self.next_slots(T) if self._ragged or (T > 1 and start) else None  # (B, T)
         for name, tensor in new.items():
             if self._ragged:
                 rows = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -113,15 +114,22 @@ class LayerCache:
             else:
                 self.store[name][:, :, start : start + T] = tensor
         self._appended += T
-        if slots is None:
+        if slots is None and T > 1:
             return None
-        seen = torch.arange(self.length, device=k.device) <= slots[:, :, None]
-        return seen[:, None]
+        newest = start if slots is None else slots[:, :, None]
+        seen = torch.arange(self.attended(T)[0].shape[2], device=k.device) <= newest
+        return seen[:, None] if self._ragged or T > 1 else seen[None, None, None]
+
+    def attended(self, T: int) -> tuple[Tensor, Tensor]:
+        """Keys and values for T queries to look at: to the last token; while decoding to the last
+        block's end, so that shapes repeat (a new one at every step costs time and memory)."""
+        slots = self.capacity if T == 1 else self.length
+        return self.store["keys"][:, :, :slots], self.store["values"][:, :, :slots]
 
     def observe(self, q: Tensor, mass: Tensor | None) -> None:
-        """Adds a step's mass (B, H_kv, S) to the scores, the sum of arXiv 2511.06029, eq. 5."""
+        """Adds a step's mass (B, H_kv, slots) to the scores: the sum in arXiv 2511.06029, eq. 5."""
         if mass is not None:
-            self.scores.add_(mass)
+            self.store["scores"][:, :, : mass.shape[2]].add_(mass)
         if self.window:
             past = q if self.queries is None else torch.cat((self.queries, q), dim=2)
             self.queries = past[:, :, -self.window :].clone()

@@ -100,7 +100,7 @@ class Block(nn.Module):
             out, _ = attend(q, k, v, mask=None)
         else:
             mask = cache.append(k, v, positions)
-            out, mass = attend(q, cache.keys, cache.values, mask, want_mass=cache.scored)
+            out, mass = attend(q, *cache.attended(x.shape[1]), mask, want_mass=cache.scored)
             cache.observe(q, mass)
         return self.after(x, out)
 

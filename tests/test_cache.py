@@ -105,7 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
             before = [row.length(index) for row in rows]
             assert layer.next_slots(T).tolist() == [[n + t for t in range(T)] for n in before]
             mask = layer.append(k, v, positions)
-            self.check_mask(mask, before, T)
+            self.check_mask(mask, before, T, layer)
             pairs = zip(rows, k.tolist(), v.tolist(), strict=True)
             for row, keys, values in pairs:
                 for head in range(KV_HEADS):
@@ -118,9 +118,11 @@ class CacheMachine(RuleBasedStateMachine):
             row.seen += T
         cache.advance(T)
 
-    def check_mask(self, mask, before, T):
-        """A query sees all slots up to its own; None where plain causality says the same."""
-        S = max(before) + T
+    def check_mask(self, mask, before, T, layer):
+        """A query sees all slots up to its own; None where plain causality says the same. A single
+        query is shown whole blocks, so that shapes repeat."""
+        S = layer.attended(T)[0].shape[2]
+        assert (blocks(max(before) + T) if T == 1 else max(before) + T) == S
         right = [[[s <= n + t for s in range(S)] for t in range(T)] for n in before]
         if mask is None:
             lone, causal = [[True] * S], [[s <= t for s in range(T)] for t in range(T)]

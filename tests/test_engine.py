@@ -249,7 +249,7 @@ POLICY_CASES = {
     "uniform": Lethe(budget=29, interval=5, allocation="uniform", knee="none"),
     "inverse": Lethe(budget=29, interval=1, allocation="inverse_hoyer", protect_prompt=False),
     "pyramid": Lethe(budget=23, interval=11, allocation="pyramid", protect_prompt=False, sinks=0),
-    "segment": Lethe(evict_threshold=13, interval=7, knee="segment", tau=2.0),
+    "segment": Lethe(evict_threshold=11, interval=7, knee="segment", tau=1.5),
     "global": Lethe(evict_threshold=13, interval=7, tau=3.0, protect_prompt=False),
 }
 POLICY_CASES |= {
