@@ -44,7 +44,7 @@ class LayerCache:
         if scored:
             self.store["scores"] = torch.zeros(batch, kv_heads, 0, device=device)
         self.queries: Tensor | None = None  # (B, H, up to `window`, D), newest last
-        self.thresholds = [0] * batch  # a policy's note per sequence; see Lethe.salient
+        self.thresholds = [0] * batch  # a policy's note per sequence; see Lethe.round
         self._set_lengths([0] * batch)
 
     # -- what is held ---------------------------------------------------------------------------

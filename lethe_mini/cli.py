@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: %(default)s)")
+    add("--compile", action="store_true", help="torch.compile: slow to start, faster after")
     add("--positions", default="absolute", choices=POSITIONS,
         help="compact: re-rotate keys to their slots, to outgrow the model's positions "
         "(default: %(default)s)")  # fmt: skip
@@ -214,7 +215,9 @@ def run(argv: list[str] | None) -> int:
         _write(args.stats, "", "a")
         if not existed:
             args.stats.unlink(missing_ok=True)
-    engine = Engine.from_pretrained(args.model, args.device, args.dtype, args.revision)
+    engine = Engine.from_pretrained(
+        args.model, args.device, args.dtype, args.revision, args.compile
+    )
     options = {name: getattr(args, name) for name in GENERATE}
     if args.interactive:
         options = {k: v for k, v in options.items() if k not in BATCH}

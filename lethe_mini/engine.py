@@ -39,9 +39,15 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
+        cls,
+        model: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        compile: bool = False,
     ) -> "Engine":
-        """model: a folder, a hub id or "demo". Raises UserError for what cannot be loaded."""
+        """model: a folder, a hub id or "demo"; compile: through torch.compile, which takes a minute
+        once and needs a C++ compiler on a CPU. Raises UserError for what cannot be loaded."""
         device = pick_device(device)
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype should be auto, {', '.join(DTYPES)}, not {dtype!r}")
@@ -50,7 +56,10 @@ class Engine:
             dtype = ModelConfig.from_folder(folder).dtype
             if device == "cpu" and dtype == "float16":  # slow there, and narrow
                 dtype = "float32"
-        return cls(load_model(folder, device, DTYPES[dtype]), Text(folder), model)
+        engine = cls(load_model(folder, device, DTYPES[dtype]), Text(folder), model)
+        if compile:
+            engine.model.compile()
+        return engine
 
     @torch.inference_mode()
     def generate(

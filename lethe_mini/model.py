@@ -73,7 +73,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.attend = config.head_dim, attend
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -97,10 +97,10 @@ class Block(nn.Module):
     ) -> Tensor:
         q, k, v = self.before(x, cos, sin)
         if cache is None:
-            out, _ = attend(q, k, v, mask=None)
+            out, _ = self.attend(q, k, v, mask=None)
         else:
             mask = cache.append(k, v, positions)
-            out, mass = attend(q, *cache.attended(x.shape[1]), mask, want_mass=cache.scored)
+            out, mass = self.attend(q, *cache.attended(x.shape[1]), mask, want_mass=cache.scored)
             cache.observe(q, mass)
         return self.after(x, out)
 
@@ -119,6 +119,17 @@ class Transformer(nn.Module):
     def init_rope(self, device: torch.device | str) -> None:
         """Puts the frequencies, which no checkpoint holds, on the device of the weights."""
         self.inv_freq = inverse_frequencies(self.config).to(device)
+
+    def compile(self) -> None:
+        """Opt-in: the pure functions of a layer through torch.compile; eager is the reference.
+
+        Sizes are dynamic, so that a growing cache compiles a handful of variants, once each.
+        """
+        compiled = torch.compile(attend, dynamic=True)
+        for block in self.layers:
+            block.attend = compiled
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
 
     def forward(
         self,

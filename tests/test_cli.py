@@ -535,9 +535,15 @@ def started(model, *arguments, **options):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command = [sys.executable, ROOT / "generate.py", "--model", model, *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, **options)
+        # Unbuffered: `communicate` would not see what a buffered read(1) had taken already.
+        return subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, **options)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def taken(run, count):
+    """The first bytes of its output, as soon as they are there."""
+    return b"".join(run.stdout.read(1) for _ in range(count))
 
 
 @pytest.fixture
@@ -555,14 +561,14 @@ def test_ctrl_c_keeps_the_text_so_far(endless, tmp_path, prompts):
     options = [*ENDLESS, "--stats", path, "--lethe", "--budget", "64", "--interval", "16"]
     if prompts == 1:
         run = started(endless, *options, stderr=subprocess.PIPE)
-        out = run.stdout.read(1)
+        out = taken(run, 1)
     else:  # of a batch, the one that ends first is printed first
         batch = tmp_path / "prompts.jsonl"
         short = {"prompt": "d", "max_new_tokens": 7}
         batch.write_text(json.dumps(short) + '\n{"prompt": "abc"}\n')
         options = [*options[:1], "--prompt-file", batch, *options[3:]]
         run = started(endless, *options, stderr=subprocess.PIPE)
-        out = run.stdout.read(9)
+        out = taken(run, 9)
     run.send_signal(signal.SIGINT)
     rest, err = run.communicate(timeout=60)
     out = (out + rest).decode()
@@ -584,7 +590,7 @@ def test_a_closed_pipe_is_quiet(endless, streams):
     """| head -c 5 has read enough: no message, no traceback; 2>&1 | head, too."""
     stderr = subprocess.PIPE if streams == "out" else subprocess.STDOUT
     run = started(endless, *ENDLESS, stderr=stderr)
-    assert re.fullmatch(rb"[a-z]{5}", run.stdout.read(5))
+    assert re.fullmatch(rb"[a-z]{5}", taken(run, 5))
     run.stdout.close()
     if streams == "out":
         assert run.stderr.read() == b""
