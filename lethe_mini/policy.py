@@ -47,6 +47,7 @@ def find_breakpoint(
     first part whose own first / last <= tau, where the curve has gone flat; if that is the very
     first part, nothing stands out. Comparisons multiply, so zeros need no special care.
     """
+    segments = max(1, min(segments, length))  # beyond that the cuts are the same
     cuts = sorted({length * i // segments for i in range(segments)} | {length})
     if knee == "none" or len(cuts) < 3:
         return None
