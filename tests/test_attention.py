@@ -12,14 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import model as random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe_mini import attention
 from lethe_mini.attention import attend, received_mass, rope_cos_sin, rotate
 from lethe_mini.cache import KVCache
-from lethe_mini.config import ModelConfig
 from lethe_mini.engine import Engine
-from lethe_mini.model import Transformer
 from lethe_mini.policy import Lethe
 
 SHAPES = st.tuples(
@@ -260,24 +259,7 @@ def frequencies(D, dtype=torch.float32):
 
 def tiny():
     """A random model with groups of 3."""
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": 67,
-        "hidden_size": 24,
-        "intermediate_size": 29,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-    }
-    model = Transformer(ModelConfig.from_dict(config)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=1 / parameter.shape[-1] ** 0.5)
-        else:
-            parameter.uniform_(0.5, 1.5)
-    model.init_rope("cpu")
-    return model
+    return random_model(spread=1.0, vocab_size=67)
 
 
 def prefilled(model, prompt, chunk):

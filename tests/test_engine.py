@@ -18,13 +18,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import model as random_model
 
 from lethe_mini.baselines import POLICIES
 from lethe_mini.cache import BLOCK
-from lethe_mini.config import ModelConfig
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
-from lethe_mini.model import Transformer
 from lethe_mini.policy import FullKV, Lethe, Pruner
 from lethe_mini.sampling import sample
 
@@ -36,26 +35,7 @@ few = settings(max_examples=max(10, settings.default.max_examples // 4))  # each
 
 def tiny(positions=LONG):
     """A random model: 3 layers, 2 key/value heads, groups of 3, logits that are spread out."""
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": VOCAB,
-        "hidden_size": 24,
-        "intermediate_size": 29,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": 10,
-        "max_position_embeddings": positions,
-    }
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_dict(config)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=2 / parameter.shape[-1] ** 0.5)
-        else:
-            parameter.uniform_(0.5, 1.5)
-    model.init_rope("cpu")
-    return model
+    return random_model(vocab_size=VOCAB, max_position_embeddings=positions)
 
 
 class Letters:

@@ -14,12 +14,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import model as random_model
 
 from lethe_mini.cache import KVCache
-from lethe_mini.config import ModelConfig
 from lethe_mini.engine import Engine
 from lethe_mini.loader import load_model
-from lethe_mini.model import Transformer
 
 VOCAB, POSITIONS = 67, 509
 ROPE = {
@@ -183,26 +182,9 @@ def test_any_sizes_equal_transformers(data):
 
 def tiny(**changes):
     """A random model of our own: groups of 3, biases, llama3 RoPE."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCAB,
-        "hidden_size": 24,
-        "intermediate_size": 29,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-        "attention_bias": True,
-        "rope_parameters": ROPE["llama3"],
-    }
-    model = Transformer(ModelConfig.from_dict(config | changes)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=2 / parameter.shape[-1] ** 0.5)
-        else:
-            parameter.uniform_(0.5, 1.5)
-    model.init_rope("cpu")
-    return model
+    llama = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "vocab_size": VOCAB}
+    sizes = {"num_hidden_layers": 2, "rope_parameters": ROPE["llama3"]}
+    return random_model(**{**llama, **sizes, **changes})
 
 
 def assert_close(logits, expected, tolerance=1e-5):

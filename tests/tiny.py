@@ -36,13 +36,14 @@ SIZES = {
 }
 
 
-def model(**changes):
-    """A random transformer, float32; `changes` are keys of config.json."""
+def model(spread=2.0, **changes):
+    """A random transformer, float32, whose weights have this spread; `changes` are keys of
+    config.json."""
     torch.manual_seed(0)
     made = Transformer(ModelConfig.from_dict({**SIZES, **changes})).eval().requires_grad_(False)
     for parameter in made.parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=2 / parameter.shape[-1] ** 0.5)
+            parameter.normal_(std=spread / parameter.shape[-1] ** 0.5)
         else:
             parameter.uniform_(0.5, 1.5)
     made.init_rope("cpu")
