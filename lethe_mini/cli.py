@@ -208,8 +208,12 @@ def run(argv: list[str] | None) -> int:
             stream.reconfigure(errors=errors)
     policy, prompts = build_policy(args), gather_prompts(args)
     check_sampling(args.temperature, args.top_k, args.top_p)
-    if args.interactive and (args.prompt or args.prompt_file or args.output or args.raw):
-        raise UserError("--interactive takes its prompts from you, through the chat template")
+    elsewhere = (args.prompt, args.prompt_file, args.output, args.stats, args.raw)
+    if args.interactive and any(elsewhere):
+        raise UserError(
+            "--interactive takes its prompts from you, through the chat template: it goes without "
+            "--prompt, --prompt-file, --output, --stats and --raw"
+        )
     if args.stats is not None:  # found out now, not after minutes of work
         existed = args.stats.exists()
         _write(args.stats, "", "a")
