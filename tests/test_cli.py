@@ -236,7 +236,8 @@ def test_help_tells_every_option_and_its_default(capsys, monkeypatch):
     defaults |= inspect.signature(Engine.from_pretrained).parameters
     shown = {name for name in lines if name in defaults and defaults[name].default is not None}
     assert {"temperature", "top_k", "top_p", "seed", "max_new_tokens", "device", "dtype"} <= shown
-    for name in shown - {"raw", "ignore_eos", "model"}:
+    switches = {"raw", "ignore_eos", "compile"}  # off unless they are there
+    for name in shown - switches - {"model"}:
         assert f"(default: {defaults[name].default})" in lines[name]
     assert {"model", "prompt", "prompt_file", "raw", "system", "stats", "quiet", "lethe", "policy",
             "paper"} <= set(lines)  # fmt: skip
