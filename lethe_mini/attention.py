@@ -12,6 +12,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
+FEW = 32  # rows up to which a CPU is quicker with the weight as the left factor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., in) -> (..., out). For few rows, as in decoding, at the memory's pace."""
+    rows = x.flatten(0, -2)
+    if len(rows) > FEW or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if len(rows) == 1:
+        y = _matrix_vector(weight, rows[0])[None]
+    else:
+        y = (weight @ rows.t()).t().contiguous()
+    return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
+
+
+def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
+    """(out, in), (in) -> (out)."""
+    if not torch.compiler.is_compiling():
+        return weight.mv(x)
+    # Compiled, this becomes loops fused with their neighbours. Rows from four places at a time keep
+    # more reads in flight.
+    x = _computed(x).float()
+    return torch.cat([(part.float() * x).sum(-1) for part in weight.chunk(4)]).to(weight.dtype)
+
+
+def _loops(a: Tensor, b: Tensor) -> Tensor:
+    """a b as loops for the compiler to fuse: (B, H_kv, N, K), (B, H_kv, K, M), N small."""
+    return (_computed(a).float()[..., None] * b.float()[:, :, None]).sum(-2).to(a.dtype)
+
+
+def _fusing(x: Tensor) -> bool:
+    """Compiled and for one sequence on a CPU, loops beat products; else products beat loops."""
+    return torch.compiler.is_compiling() and len(x) == 1 and x.device.type == "cpu"
+
+
+def _computed(x: Tensor) -> Tensor:
+    """x; as_strided has the compiler compute it here, once, and not anew wherever it is read."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,25 +68,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def causal_mask(slots: Tensor, S: int) -> Tensor | None:
+    """(B, 1, T, S) bool: a query in slot n sees slots 0 .. n, for slots are in the order of the
+    text. slots: (B, T) -> None where `attend` needs none."""
+    B, T = slots.shape
+    if T > 1 and (B == 1 or S == T):  # then the queries are in the last T slots
+        return None
+    return (torch.arange(S, device=slots.device) <= slots[..., None])[:, None]
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, want_mass: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Grouped-query attention and, if wanted, the mass that each key received.
 
-    q: (B, H, T, D); k, v: (B, H_kv, S, D); mask: (B or 1, 1, T, S) bool, True where the query may
-    look, or None: the last query sees every slot and, with T > 1, T == S and the mask is causal.
+    q: (B, H, T, D); k, v: (B, H_kv, S, D); mask: (B, 1, T, S) bool, True where the query may look,
+    or None: the queries are in the last T slots and the mask is causal.
     Returns (B, H, T, D) and the mass (B, H_kv, S) float32, summed over T and the group's G heads
     (arXiv 2511.06029, eq. 2, per sequence and key/value head), or None.
     """
     B, H, T, D = q.shape
+    H_kv, S = k.shape[1:3]
     if T > 1:
+        seen, square = mask, mask is None and S == T
+        if mask is None and not square:  # PyTorch's is_causal would align it top-left
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            q, k, v, attn_mask=seen, is_causal=square, enable_gqa=True
         )
         return out, received_mass(q, k, mask) if want_mass else None
-    grouped = q.view(B, k.shape[1], -1, D)  # (B, H_kv, G, D)
-    weights = _weights(grouped, k, mask)
-    out = torch.matmul(weights.to(v.dtype), v)
+    grouped = q.view(B, H_kv, H // H_kv, D) * D**-0.5
+    loops = _fusing(k)
+    logits = (_loops(grouped, k.mT) if loops else torch.matmul(k, grouped.mT).mT).float()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    weights = logits.softmax(dim=-1)  # (B, H_kv, G, S)
+    out = (_loops if loops else torch.matmul)(weights.to(v.dtype), v)
     return out.view(B, H, T, D), weights.sum(dim=2) if want_mass else None
 
 
@@ -61,24 +116,17 @@ def received_mass(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
     mass = torch.zeros(B, H_kv, S, device=q.device)
-    for start in range(0, T, MASS_BLOCK):
-        stop = min(start + MASS_BLOCK, T)
-        if mask is None:  # causal with T == S: keys behind the block's last query weigh nothing
-            seen = stop
-            block = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).tril(start)
+    for first in range(0, T, MASS_BLOCK):
+        last = min(first + MASS_BLOCK, T)
+        seen = S if mask is not None else S - T + last
+        rows = q[:, :, first:last].reshape(B, H_kv, -1, D) * D**-0.5  # (B, H_kv, G * t, D)
+        logits = torch.matmul(rows, k[:, :, :seen].mT).float()
+        logits = logits.view(B, H_kv, H // H_kv, -1, seen)  # (B, H_kv, G, t, seen)
+        if mask is None:  # only among the block's own tokens are some ahead of a query
+            t = last - first
+            ahead = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+            logits[..., -t:].masked_fill_(ahead, -torch.inf)
         else:
-            seen, block = S, mask[:, :, start:stop]
-        rows = q[:, :, start:stop].reshape(B, H_kv, -1, D)  # (B, H_kv, G * t, D)
-        weights = _weights(
-            rows, k[:, :, :seen], block.repeat(*[1] * (block.dim() - 2), H // H_kv, 1)
-        )
-        mass[:, :, :seen] += weights.sum(dim=2)
+            logits.masked_fill_(~mask[:, :, first:last].unsqueeze(2), -torch.inf)
+        mass[:, :, :seen] += logits.softmax(dim=-1).sum(dim=(2, 3))
     return mass
-
-
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) in float32: (B, H_kv, N, D), (B, H_kv, S, D) -> (B, H_kv, N, S)."""
-    logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).float()
-    if mask is not None:
-        logits = logits.masked_fill_(~mask, -torch.inf)
-    return logits.softmax(dim=-1)

@@ -238,7 +238,7 @@ class Pruner(Policy):
             recent[row] = self.recent(share[row] - floor)
         valid = layer.valid()
         slots = torch.arange(layer.length, device=device)
-        first_recent = layer.lengths_tensor() - torch.tensor(recent, device=device)
+        first_recent = layer.filled - torch.tensor(recent, device=device)
         always = layer.positions < torch.tensor(protected, device=device)[:, None, None]
         always = valid & (always | (slots >= first_recent[:, None, None]))  # (B, H_kv, S)
 
@@ -312,7 +312,7 @@ class Lethe(Pruner):
             scores = layer.scores
             if self.granularity == "layer":  # else a slot is another token in every head
                 scores = scores.sum(1, keepdim=True)
-            per_layer.append(hoyer(scores, layer.lengths_tensor()[:, None]).mean(1))
+            per_layer.append(hoyer(scores, layer.filled[:, None]).mean(1))
         sparsity = torch.stack(per_layer, dim=1)  # (B, L)
         return (sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity).tolist()
 
@@ -343,7 +343,7 @@ class Lethe(Pruner):
         # Every head's curve, then their mean: after a round a slot is another token in every head.
         ranked = importance.masked_fill(~layer.valid(), -torch.inf)
         ranked = ranked.sort(dim=-1, descending=True).values.mean(1).cpu()
-        counts = layer.lengths
+        counts = list(layer.lengths)
         for row, length in enumerate(layer.lengths):
             over = self.budget is not None or length > self._threshold(layer, row)
             if due[row] and over:

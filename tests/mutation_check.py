@@ -38,7 +38,7 @@ FAULTS = {  # what is wrong: file, right text, wrong text
     "position taken from the slot": (
         "model.py",
         "cache.seen_tensor()",
-        "cache.layers[0].lengths_tensor()",
+        "cache.layers[0].filled",
     ),
     "sinks unprotected": ("policy.py", "else self.sinks", "else 0"),
 }

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import tiny
 import torch
 
 from lethe_mini import Engine, Lethe, Pruner
@@ -119,7 +120,7 @@ def test_the_policies_of_the_guide_prune(capsys):
 
     cache, kv = KVCache(ModelConfig.from_dict(SIZES)), torch.zeros(1, 2, 23, 6)
     for layer in cache.layers:
-        layer.append(kv, kv, torch.arange(23)[None])
+        tiny.put(layer, kv, kv, torch.arange(23)[None])
     cache.advance(23)
     names["EverySecond"](budget=9, sinks=0, recent_ratio=0.0).round(cache, [True])
     for layer in cache.layers:  # the last one is always recent, and even
