@@ -11,45 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import grouped_logits, grouped_values
+
 MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
-FEW = 32  # rows up to which a CPU is quicker with the weight as the left factor
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: (..., in) -> (..., out). For few rows, as in decoding, at the memory's pace."""
-    rows = x.flatten(0, -2)
-    if len(rows) > FEW or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    if len(rows) == 1:
-        y = _matrix_vector(weight, rows[0])[None]
-    else:
-        y = (weight @ rows.t()).t().contiguous()
-    return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
-
-
-def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
-    """(out, in), (in) -> (out)."""
-    if not torch.compiler.is_compiling():
-        return weight.mv(x)
-    # Compiled, this becomes loops fused with their neighbours. Rows from four places at a time keep
-    # more reads in flight.
-    x = _computed(x).float()
-    return torch.cat([(part.float() * x).sum(-1) for part in weight.chunk(4)]).to(weight.dtype)
-
-
-def _loops(a: Tensor, b: Tensor) -> Tensor:
-    """a b as loops for the compiler to fuse: (B, H_kv, N, K), (B, H_kv, K, M), N small."""
-    return (_computed(a).float()[..., None] * b.float()[:, :, None]).sum(-2).to(a.dtype)
-
-
-def _fusing(x: Tensor) -> bool:
-    """Compiled and for one sequence on a CPU, loops beat products; else products beat loops."""
-    return torch.compiler.is_compiling() and len(x) == 1 and x.device.type == "cpu"
-
-
-def _computed(x: Tensor) -> Tensor:
-    """x; as_strided has the compiler compute it here, once, and not anew wherever it is read."""
-    return x.as_strided(x.shape, x.stride())
 
 
 def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,14 +61,12 @@ def attend(
             q, k, v, attn_mask=seen, is_causal=square, enable_gqa=True
         )
         return out, received_mass(q, k, mask) if want_mass else None
-    grouped = q.view(B, H_kv, H // H_kv, D) * D**-0.5
-    loops = _fusing(k)
-    logits = (_loops(grouped, k.mT) if loops else torch.matmul(k, grouped.mT).mT).float()
+    logits = grouped_logits(q.view(B, H_kv, H // H_kv, D) * D**-0.5, k)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     weights = logits.softmax(dim=-1)  # (B, H_kv, G, S)
-    out = (_loops if loops else torch.matmul)(weights.to(v.dtype), v)
-    return out.view(B, H, T, D), weights.sum(dim=2) if want_mass else None
+    out = grouped_values(weights, v).view(B, H, T, D)
+    return out, weights.sum(dim=2) if want_mass else None
 
 
 def received_mass(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

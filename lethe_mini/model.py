@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend, causal_mask, linear, rope_cos_sin, rotate
+from .attention import attend, causal_mask, rope_cos_sin, rotate
 from .cache import KVCache, Store, write
 from .config import ModelConfig
+from .products import Linear
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -43,11 +44,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size); the mean square is taken in float32."""
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from lethe_mini.attention import attend, received_mass
 from lethe_mini.baselines import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, redundancy
+from lethe_mini.budget import pyramid, split_budget
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError
-from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, pyramid, select, split_budget
+from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, select
 
 PRUNERS = [policy for policy in POLICIES.values() if issubclass(policy, Pruner)]
 FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
