@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: %(default)s)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, faster after")
+    add(
+        "--compile", action="store_true", help="torch.compile: slow to start, faster after"
+    )
     add("--positions", default="absolute", choices=POSITIONS,
         help="compact: re-rotate keys to their slots, to outgrow the model's positions "
         "(default: %(default)s)")  # fmt: skip
@@ -178,6 +180,8 @@ def report(result) -> str:
         f"policy {stats.policy['name']}: {stats.rounds} rounds, {stats.evicted_tokens} evicted, "
         f"{stats.kv_tokens_mean:.0f} tokens held per layer on average",
     ]
+    if stats.compile_seconds:
+        lines.insert(1, f"compiling took {stats.compile_seconds:.0f} s, not counted as decoding")
     if any(one.finish_reason == "positions" for one in result.sequences):
         lines.append(
             "stopped at the model's last position; --positions compact with a budget goes on"

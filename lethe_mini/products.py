@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
     """q k^T: (B, H_kv, G, D), (B, H_kv, S, D) -> (B, H_kv, G, S) float32, for a small G."""
-    return (_loops(q, k.mT) if _fusing(k) else torch.matmul(k, q.mT).mT).float()
+    return (_loops if _fusing(k) else torch.matmul)(q, k.mT).float()
 
 
 def grouped_values(weights: Tensor, v: Tensor) -> Tensor:
