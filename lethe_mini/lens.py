@@ -2,9 +2,9 @@
 
     python -m lethe_mini.lens TRACE.json -o FILE.html [--compare OTHER.json]
 
-The page is lens.html, written by hand, with the traces put in as data. What a model or a prompt said
-is untrusted: it goes in as JSON in which no `<` is left, comes out by `textContent` alone, and the
-page's content security policy runs no script but its own, known by its hash.
+The page is lens.html, written by hand, with the traces put in as data. What a model or a prompt
+said is untrusted: it goes in as JSON in which no `<` is left, comes out as text nodes alone, and
+the page's content security policy runs no script but its own, known by its hash.
 """
 
 import argparse
@@ -28,8 +28,7 @@ def page(traces: list[Trace]) -> str:
     if not all(run["sequences"] for run in runs):
         raise UserError("this trace holds no sequence; record a run that gets past its prompt")
     prompts = [
-        [(one["prompt_tokens"], one["token_ids"][: one["prompt_tokens"]]) for one in run["sequences"]]
-        for run in runs
+        [one["token_ids"][: one["prompt_tokens"]] for one in run["sequences"]] for run in runs
     ]
     if prompts.count(prompts[0]) < len(prompts) or len({run["layers"] for run in runs}) > 1:
         raise UserError("only traces of the same prompts and the same number of layers compare")
