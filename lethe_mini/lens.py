@@ -53,7 +53,8 @@ def write_page(traces: list[Trace], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lethe_mini.lens", description=__doc__)
+    about = "A page that shows a trace."
+    parser = argparse.ArgumentParser(prog="python -m lethe_mini.lens", description=about)
     parser.add_argument("trace", type=Path, help="what --trace wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the HTML file to write")
     parser.add_argument("--compare", type=Path, help="a trace of the same prompt to set beside it")

@@ -126,7 +126,8 @@ def save(made: dict, name: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lethe_mini.plot", description=__doc__)
+    about = "Plots of a trace, as PNG and SVG."
+    parser = argparse.ArgumentParser(prog="python -m lethe_mini.plot", description=about)
     parser.add_argument("trace", type=Path, help="what --trace wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="NAME")
     parser.add_argument("--tokens", help="positions whose scores to draw, with commas between")
