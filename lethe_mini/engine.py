@@ -269,7 +269,7 @@ class _Run:
         if any(due):
             waiting = [self.cache] if self.live and cache is not self.cache else []
             self.meter.peak(cache, *waiting)
-            owners = list(self.pending) if prefilled else self.live
+            owners = self.pending if prefilled else self.live
             recorder = self.trace and self.trace.round(self.policy, cache, due, owners)
             with recorder or nullcontext(), self.meter.round(cache, due):
                 self.policy.round(cache, due)

@@ -34,7 +34,7 @@ def page(traces: list[Trace]) -> str:
         raise UserError("only traces of the same prompts and the same number of layers compare")
     html = TEMPLATE.read_text(encoding="utf-8")
     # json.dumps leaves ASCII alone: U+2028 and lone surrogates are escapes already.
-    data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(runs, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
     for kind, tag in (("style", "style"), ("script", "script")):
         code = re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1]

@@ -109,7 +109,10 @@ class Trace:
 
     def write(self, path: Path) -> None:
         try:
-            path.write_text(json.dumps(self.data, separators=(",", ":")) + "\n", encoding="ascii")
+            path.write_text(
+                json.dumps(self.data, separators=(",", ":"), allow_nan=False) + "\n",
+                encoding="ascii",
+            )
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -285,6 +285,24 @@ def test_a_policy_that_only_has_rounds_is_traced(engine, tmp_path):
     assert lists(held) == [[[0, 2, 4]] * 2] * 3
 
 
+def test_a_score_that_is_no_number_is_traced_as_none(tmp_path):
+    """Half precision can overflow; the trace must stay JSON."""
+    policy = H2O(budget=6, interval=1)
+    trace, cache = begun(policy, [3]), new_cache(policy, 3)
+    feed(cache, 9)
+    cache.layers[1].scores[0, 0, 4] = math.nan
+    cache.layers[2].scores[0, 1, 4] = math.inf
+    with trace.round(policy, cache, [True], [0]):
+        policy.round(cache, [True])
+    trace.ends(0, 9, finished(6))
+    trace.write(tmp_path / "trace.json")
+    data = Trace.read(tmp_path / "trace.json").data
+    ((record, before, _),) = replay(data, 0)
+    assert all(map(math.isfinite, record["hoyer"]))
+    for layer in (1, 2):
+        assert scored(record, layer, before[layer])[1][4] == 0
+
+
 # -- packing -------------------------------------------------------------------------------------
 
 
