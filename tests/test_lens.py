@@ -67,10 +67,11 @@ def opened(browser, tmp_path):
         view.on("console", lambda message: said.append(message.text))
         view.on("pageerror", lambda error: said.append(str(error)))
         view.on("request", lambda request: asked.append(request.url))
-        view.goto(path.as_uri())
+        view.lens = path.as_uri()
+        view.goto(view.lens)
         yield view
         assert said == []
-        assert [url for url in asked if url != "data:,"] == [path.as_uri()]
+        assert {url.partition("#")[0] for url in asked} <= {view.lens, "data:,", "about:blank"}
         context.close()
 
     return open_page
@@ -204,6 +205,82 @@ def test_a_layer_tells_its_curve_and_breakpoint(opened, runs):
             assert ("no breakpoint" if none else f"breakpoint at {found[layer]}") in text
             assert view.locator("#layer-0 .knee").count() == (not none)
             assert view.locator(f".charts .line.on[data-layer='{layer}']").count() >= 3
+
+
+def pixel(view, layer, token):
+    """Where on the screen a cell of the first map is."""
+    return view.evaluate(
+        """([layer, token]) => {
+            const canvas = document.querySelector('#map-0 canvas'), { L, n } = sides[0].sequence;
+            canvas.scrollIntoView({ block: 'center' });
+            const box = canvas.getBoundingClientRect();
+            return [box.left + LEFT + (token + 0.5) * (box.width - LEFT - 1) / n,
+                    box.top + TOP + (layer + 0.5) * (box.height - TOP - 2) / L];
+        }""",
+        [layer, token],
+    )
+
+
+@pytest.mark.demo
+def test_pointing_at_map_and_lines_chooses(opened, runs):
+    record = runs[0].data["sequences"][0]["rounds"][-1]
+    dense = record["hoyer"].index(min(record["hoyer"]))
+    with opened(runs[0]) as view:
+        view.mouse.move(*pixel(view, 17, 23))
+        view.wait_for_function("() => document.getElementById('pick-0').value === '17'")
+        assert "Token 23," in view.locator("#token-0").inner_text()
+        chart = view.locator("svg[aria-label^='Hoyer']")
+        chart.scroll_into_view_if_needed()
+        box = chart.bounding_box()  # of all lines that of the densest layer is the lowest
+        view.mouse.move(box["x"] + box["width"] - 12, box["y"] + box["height"] - 34)
+        view.wait_for_function(f"() => document.getElementById('pick-0').value === '{dense}'")
+        before = view.locator("#map-0 canvas").bounding_box()["width"]
+        view.set_viewport_size({"width": 700, "height": 800})
+        view.wait_for_function(f"() => document.querySelector('canvas').clientWidth < {before}")
+        view.mouse.move(*pixel(view, 3, 41))
+        view.wait_for_function("() => document.getElementById('pick-0').value === '3'")
+        assert "Token 41," in view.locator("#token-0").inner_text()
+
+
+@pytest.mark.demo
+def test_the_map_is_drawn_as_its_legend_says(opened, runs):
+    """A cell has the colour of its kind: the first four are sinks; what is dropped is grey."""
+    one = runs[0].data["sequences"][0]
+    held = state(runs[0], one["read"]) > 0
+    layer, token = (int(x[0]) for x in np.nonzero(~held))
+    cells = [[layer, 2, 0], [layer, 9, 1], [layer, token, 4], [layer, one["read"] - 1, 3]]
+    with opened(runs[0]) as view:
+        found = view.evaluate(
+            """cells => {
+                const canvas = document.querySelector('#map-0 canvas'), { L, n } = sides[0].sequence;
+                const { width, height } = canvas, row = (height - TOP - 2) / L;
+                const data = canvas.getContext('2d').getImageData(0, 0, width, height).data;
+                const pixels = new Uint32Array(data.buffer);
+                return cells.map(([layer, p, kind]) => {
+                    const x = Math.floor(LEFT + (p + 0.5) * (width - LEFT - 1) / n);
+                    const shades = new Set(palette.kinds[kind]);
+                    for (let y = TOP + layer * row; y < TOP + (layer + 1) * row - 1; y++)
+                        if (!shades.has(pixels[y * width + x])) return false;
+                    return true;
+                });
+            }""",
+            [*cells, [layer, token, 2]],
+        )
+    assert found == [True] * 4 + [False]
+
+
+@pytest.mark.demo
+def test_an_address_opens_at_a_step_a_token_and_a_layer(opened, runs):
+    with opened(runs[0]) as view:
+        for place, step, layer, token in (
+            ("step=70&token=12&layer=5", 70, 5, "text-0-12"),
+            ("step=99999&token=-1&layer=x", runs[0].data["sequences"][0]["read"], 0, None),
+        ):
+            view.goto("about:blank")
+            view.goto(f"{view.lens}#{place}")
+            assert int(view.locator("#step").input_value()) == step
+            view.wait_for_function(f"() => document.getElementById('pick-0').value === '{layer}'")
+            assert view.locator("#text-0").get_attribute("aria-activedescendant") == token
 
 
 @pytest.mark.demo
