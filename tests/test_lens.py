@@ -252,7 +252,8 @@ def test_the_map_is_drawn_as_its_legend_says(opened, runs):
     with opened(runs[0]) as view:
         found = view.evaluate(
             """cells => {
-                const canvas = document.querySelector('#map-0 canvas'), { L, n } = sides[0].sequence;
+                const canvas = document.querySelector('#map-0 canvas');
+                const { L, n } = sides[0].sequence;
                 const { width, height } = canvas, row = (height - TOP - 2) / L;
                 const data = canvas.getContext('2d').getImageData(0, 0, width, height).data;
                 const pixels = new Uint32Array(data.buffer);
