@@ -19,7 +19,7 @@ from lethe_mini import FullKV, Lethe, UserError
 from lethe_mini.baselines import H2O, RKV, RandomKV, StreamingLLM
 from lethe_mini.engine import Engine
 from lethe_mini.lens import main, page
-from lethe_mini.replay import replay
+from lethe_mini.replay import replay, scored
 from lethe_mini.trace import Trace
 
 sync_api = pytest.importorskip("playwright.sync_api") if "CI" not in os.environ else None
@@ -167,9 +167,12 @@ def test_a_token_tells_when_each_layer_dropped_it(opened, runs):
     trace = runs[0]
     one = trace.data["sequences"][0]
     token = one["prompt_tokens"] + 3
-    gone = {}
+    gone, last = {}, {}
     for record, before, after in replay(trace.data, 0):
         for layer in range(trace.data["layers"]):
+            positions, scores = scored(record, layer, before[layer])
+            if token in positions:
+                last[layer] = scores[positions == token][0]
             if token in before[layer][0] and token not in after[layer][0]:
                 gone[layer] = f"{record['seen']:,} tokens"
     assert gone
@@ -185,6 +188,8 @@ def test_a_token_tells_when_each_layer_dropped_it(opened, runs):
         assert [row[1] for row in cells] == [
             gone.get(layer, "never") for layer in range(trace.data["layers"])
         ]
+        for layer, score in last.items():
+            assert float(cells[layer][3]) == pytest.approx(score, rel=0.006, abs=1e-3)
         assert view.locator("#token-0 svg").count() == 2
 
 
