@@ -9,6 +9,7 @@ takes its place. What a sequence gets never depends on its neighbours.
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -24,6 +25,7 @@ from .sampling import check_sampling, sample
 from .signals import held_back_interrupts
 from .stats import Generated, Meter, Result
 from .text import Text
+from .trace import Trace
 
 POSITIONS = ("absolute", "compact")
 
@@ -77,6 +79,7 @@ class Engine:
         on_token: Callable[[int, int], None] | None = None,
         on_finish: Callable[[int, Generated], None] | None = None,
         on_step: Callable[[KVCache], None] | None = None,
+        trace: Trace | None = None,
     ) -> Result:
         """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
         (one number, or one per prompt).
@@ -86,8 +89,9 @@ class Engine:
         default. positions: "absolute", or "compact", where keys are turned to their slots, so that
         text may outgrow the model's positions. cache: what `new_cache` gave, and earlier calls
         filled, of one sequence that the only prompt goes on with. on_token(sequence, token),
-        on_finish(sequence, generated) and on_step(cache) are called as it happens. Ctrl-C ends the
-        run and returns what there is.
+        on_finish(sequence, generated) and on_step(cache) are called as it happens. trace: a new
+        Trace, which then holds what every round dropped. Ctrl-C ends the run and returns what
+        there is.
         Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
@@ -99,8 +103,10 @@ class Engine:
         encoded = encode_prompts(self, prompts, policy, system, raw, cache)
         limits = check_sizes(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
         batch_size = batch_size or max(1, len(prompts) * num_samples)
+        if trace is not None:
+            trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])
         run = _Run(self, policy, encoded, limits, seed, num_samples, positions)
-        run.resumed, run.on_step = cache, on_step
+        run.resumed, run.on_step, run.trace = cache, on_step, trace
         run.eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
         run.on_token, run.on_finish = on_token, on_finish
         with held_back_interrupts() as run.pressed:
@@ -217,6 +223,8 @@ class _Run:
             one.generated_tokens = len(one.token_ids)
             one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
             self.meter.final(self.cache, self.live.index(index), index)
+            if self.trace is not None:
+                self.trace.ends(index, self.cache.seen[self.live.index(index)], one)
             del self.draws[index]
         self.live = [self.live[row] for row in rows]
         if self.resumed is None:
@@ -230,7 +238,9 @@ class _Run:
         if any(due):
             waiting = [self.cache] if self.live and cache is not self.cache else []
             self.meter.peak(cache, *waiting)
-            with self.meter.round(cache, due):
+            owners = self.pending if prefilled else self.live
+            recorder = self.trace and self.trace.round(self.policy, cache, due, owners)
+            with recorder or nullcontext(), self.meter.round(cache, due):
                 self.policy.round(cache, due)
 
     def interrupt(self) -> None:

@@ -28,7 +28,8 @@ from lethe_mini.model import Transformer
 
 ROOT = Path(__file__).parent.parent
 ALGORITHM, GUIDE = ROOT / "docs" / "ALGORITHM.md", ROOT / "docs" / "POLICIES.md"
-DOCUMENTS = [path for path in (ALGORITHM, GUIDE, ROOT / "README.md") if path.is_file()]
+TRACE = ROOT / "docs" / "TRACE.md"
+DOCUMENTS = [path for path in (ALGORITHM, GUIDE, TRACE, ROOT / "README.md") if path.is_file()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIZES = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,6 +57,9 @@ class Words:
 
     def decode(self, ids):
         return " ".join(map(str, ids))
+
+    def pieces(self, ids):
+        return [f"{id} " for id in ids]
 
     def stream(self):
         return SimpleNamespace(push=lambda token: f"{token} ", flush=lambda: "")
