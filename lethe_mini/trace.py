@@ -154,7 +154,7 @@ def _facts(policy: Policy, cache: KVCache, due: list[bool]) -> dict[str, list]:
         values = []
         for layer in cache.layers:
             scores = layer.scores.sum(1, keepdim=True) if alike else layer.scores
-            values.append(hoyer(scores, layer.lengths_tensor()[:, None]).mean(1))
+            values.append(hoyer(scores, layer.filled[:, None]).mean(1))
         facts["hoyer"] = [[round(x, 4) for x in row] for row in torch.stack(values).tolist()]
     if not isinstance(policy, Pruner):
         return facts
