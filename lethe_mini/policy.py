@@ -157,10 +157,11 @@ class Pruner(Policy):
     def check(self, prompt: int) -> None:
         need = self.protected(prompt) + self.min_recent
         if self.budget is not None and self.budget < need:
-            mend = " or use --no-protect-prompt" if self.protect_prompt and prompt else ""
+            kept, mend = "sinks and recent tokens", "raise --budget"
+            if self.protect_prompt and prompt:
+                kept, mend = f"the prompt, {kept}", f"{mend} or use --no-protect-prompt"
             raise UserError(
-                f"budget {self.budget} is too small for what is always kept (prompt, sinks, recent "
-                f"ones): {need} tokens; raise --budget{mend}"
+                f"budget {self.budget} is too small for {kept}, always kept: {need} tokens; {mend}"
             )
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
