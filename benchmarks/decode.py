@@ -14,9 +14,9 @@ turns, beside their quartiles; `x full` is the median over turns of our full cac
 mode; peers: compiled if there is one) divided by that row's. Where all do not fit into memory at
 once (--device cuda, large --shape), they run one after the other, which the output says.
 
-`NAME@P` is a policy that after a prompt of --length tokens keeps P percent of them by a round of its
-own; steps are timed from there, without rounds, and `with rounds` adds a round's time shared out
-over the interval. `must move` is what a step has to read: all weights once and the keys and values
+`NAME@P` is a policy that after a prompt of --length tokens keeps P percent of them by a round of
+its own; steps are timed from there, without rounds, and `with rounds` adds a round's time shared
+out over the interval. `must move` is what a step has to read: all weights once and the keys and values
 held; `bound` that over the measured read bandwidth, and `reached` bound over time.
 """
 
@@ -35,12 +35,14 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+# Last, for there is a profile.py here, and torch.compile imports the standard library's.
+sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from decode_worker import SHAPES
+from decode_worker import SHAPES  # noqa: E402
 
-WORKER = Path(__file__).with_name("decode_worker.py")
+WORKER = HERE / "decode_worker.py"
 PEERS = ("transformers", "llama.cpp", "kvpress")
 ROOM = 1024  # tokens that a peer with a fixed context has room for beyond the prompt
 MB = 1e6
@@ -78,9 +80,11 @@ class Worker:
             self.process = subprocess.Popen(argv, env=env, text=True, **pipes)
         except OSError as error:
             self.gone = f"cannot start {self.python}: {error}"
+            self.errors.close()
             return
         self.lines: queue.Queue = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
         try:
             self.facts = self.ask("load", settings=self.settings)
         except WorkerError:
@@ -142,6 +146,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.reader.join(timeout=2)
+        self.process.stdout.close()
         self.errors.close()
         self.process = None
 
@@ -269,7 +275,7 @@ def find(rows: list[dict], **keys) -> dict | None:
 
 
 def baseline(rows: list[dict], row: dict) -> dict | None:
-    """Our full cache at the same batch and length, in the row's mode; for peers the best there is."""
+    """Our full cache at the same batch and length, in the row's mode; for peers, compiled if it was."""
     modes = [row["system"]] if row["system"].startswith("ours") else ["ours compiled", "ours eager"]
     cell = {"batch": row["batch"], "length": row["length"], "policy": "full"}
     found = (find(rows, system=mode, **cell) for mode in modes)
@@ -351,7 +357,9 @@ def agreement(rows: list[dict]) -> list[str]:
     lines = []
     for row in rows:
         base = None if "error" in row else baseline(rows, row)
-        if base is None or base is row or row["batch"] != 1 or row["system"].startswith("ours"):
+        if base is None or row["system"].startswith("ours"):
+            continue
+        if row["batch"] != 1 or row["policy"] != "full":
             continue
         pairs = list(zip(base["chosen"], row["chosen"], strict=False))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
@@ -451,7 +459,7 @@ class Bench:
                 settings = {**self.settings, "share": share / 100}
                 python = args.kvpress_python or sys.executable
                 workers.append(Worker(peer, f"snapkv@{share:g}", peer, settings, python))
-            elif args.model != "demo" and args.gguf is None or args.shape is not None:
+            elif (args.model != "demo" and args.gguf is None) or args.shape is not None:
                 self.note("llama.cpp is left out: it needs the demo, or --gguf with these weights")
             else:
                 gguf = args.gguf or self._checked(self.machine.ask("gguf"))["path"]
@@ -483,7 +491,7 @@ class Bench:
         where = {"folder": self.settings["folder"], "shape": self.args.shape}
         return self._checked(self.machine.ask("prompt", tokens=tokens, **where))["ids"]
 
-    def cell(self, workers: list[Worker], batch: int, length: int) -> list[dict]:
+    def cell(self, workers: list[Worker], batch: int, length: int, show: bool = True) -> list[dict]:
         """One batch size and length: every worker fills its cache, then they take turns."""
         args, ids = self.args, self.prompt(length)
         fills, turns, here = {}, {worker: [] for worker in workers}, []
@@ -515,7 +523,8 @@ class Bench:
             base = None if "error" in row else baseline(self.rows, row)
             if base is not None and len(base["turn_medians"]) == len(row["turn_medians"]):
                 row["times_full"] = speedup(row, base, together=not args.one_at_a_time)
-            self.out(table_row(row))
+            if show:
+                self.out(table_row(row))
         for worker in workers:
             if not worker.gone:
                 self.ask(worker, "drop")
@@ -566,11 +575,14 @@ class Bench:
         self.out("\n| what | measured |\n|---|---:|")
         self.from_grid()
         for compiled in self.modes():
-            for ask in (self.scoring, self.rounds, self.prefill, self.long_text):
-                try:
-                    ask(compiled)
-                except WorkerError as error:
-                    self.note(f"{ask.__name__}: {error}")
+            for ask in (self.scoring, self.rounds, self.long_text):
+                self._try(ask, compiled)
+
+    def _try(self, ask, compiled: bool) -> None:
+        try:
+            ask(compiled)
+        except WorkerError as error:
+            self.note(f"{ask.__name__}: {error}")
 
     @contextlib.contextmanager
     def team(self, *workers: Worker):
@@ -579,26 +591,46 @@ class Bench:
             self._start(worker)
             if worker.gone:
                 raise WorkerError(worker.gone)
-        yield workers
+        yield list(workers)
         for worker in workers:
             worker.close()
             self.workers.remove(worker)
 
-    def scoring(self, compiled: bool, length: int | None = None) -> None:
-        """Lethe that never prunes against the full cache, at equal length."""
-        length = length or self.args.target_length
+    def scoring(self, compiled: bool) -> None:
+        """Lethe that never prunes against the full cache: a step at equal length, and prefill."""
         with self.team(self.ours("full", compiled), self.ours("lethe@100", compiled)) as pair:
-            quiet, self.out, found = self.out, lambda _: None, []
-            try:
-                for batch in self.args.batch:
-                    found.append(self.cell(list(pair), batch, length))
-            finally:
-                self.out = quiet
-        for full, scored in found:
-            if "error" not in full and "error" not in scored:
-                where = f"batch {full['batch']}, {length:,} tokens"
-                cost = 1 / speedup(scored, full) - 1
-                self.target(f"{full['system']}: cost of scoring a step, {where}", cost, "{:+.1%}")
+            for batch in self.args.batch:
+                full, scored = self.cell(pair, batch, self.args.target_length, show=False)
+                if "error" not in full and "error" not in scored:
+                    where = f"batch {batch}, {self.args.target_length:,} tokens"
+                    cost = 1 / speedup(scored, full) - 1
+                    what = f"{full['system']}: cost of scoring a step, {where}"
+                    self.target(what, cost, "{:+.1%}")
+            self._prefill(pair)
+
+    def _prefill(self, pair: list[Worker]) -> None:
+        """Time with scores against without; how the peak grows with the prompt."""
+        args = self.args
+        ids, seconds = self.prompt(max(args.prefill)), {worker: [] for worker in pair}
+        middle = args.prefill[len(args.prefill) // 2]
+        for turn in range(max(2, args.reps // 2)):
+            for worker in pair if turn % 2 else reversed(pair):
+                reply = self._checked(self.ask(worker, "fill", ids=ids[:middle], batch=1))
+                seconds[worker].append(reply["seconds"])
+        pairs = zip(*(seconds[worker] for worker in pair), strict=True)
+        ratio = statistics.median(scored / full for full, scored in pairs)
+        label = pair[0].label
+        facts = {"seconds": [statistics.median(seconds[worker]) for worker in pair]}
+        what = f"{label}: prefill of {middle:,} tokens, with scores against without"
+        self.target(what, ratio, "{:.2f}x", **facts)
+        for worker in pair:
+            for tokens in args.prefill:
+                reply = self._checked(self.ask(worker, "fill", ids=ids[:tokens], batch=1))
+                grown = (reply["peak"] - reply["before"]) / MB
+                what = (
+                    f"{label}: peak of prefill beyond weights, {worker.policy}, {tokens:,} tokens"
+                )
+                self.target(what, grown, "{:,.0f} MB", kv_bytes=reply["kv_bytes"])
 
     def rounds(self, compiled: bool) -> None:
         """Time in rounds: two intervals of a real run from --target-length tokens on."""
@@ -617,31 +649,6 @@ class Bench:
                 )
                 facts = {"round_seconds": reply["round_seconds"], "step_seconds": steps}
                 self.target(what, rounds / (steps + rounds), "{:.1%}", **facts)
-
-    def prefill(self, compiled: bool) -> None:
-        """Time with scores against without; how the peak grows with the prompt."""
-        args = self.args
-        with self.team(self.ours("full", compiled), self.ours("lethe@100", compiled)) as pair:
-            ids, seconds = self.prompt(max(args.prefill)), {worker: [] for worker in pair}
-            middle = args.prefill[len(args.prefill) // 2]
-            for turn in range(max(2, args.reps // 2)):
-                for worker in pair if turn % 2 else reversed(pair):
-                    reply = self._checked(self.ask(worker, "fill", ids=ids[:middle], batch=1))
-                    seconds[worker].append(reply["seconds"])
-            pairs = zip(*(seconds[worker] for worker in pair), strict=True)
-            ratio = statistics.median(scored / full for full, scored in pairs)
-            label = pair[0].label
-            facts = {"seconds": [statistics.median(seconds[worker]) for worker in pair]}
-            what = f"{label}: prefill of {middle:,} tokens, with scores against without"
-            self.target(what, ratio, "{:.2f}x", **facts)
-            for worker in pair:
-                for tokens in args.prefill:
-                    # In a fresh state each time: what the allocator kept would hide the growth.
-                    self.ask(worker, "drop")
-                    reply = self._checked(self.ask(worker, "fill", ids=ids[:tokens], batch=1))
-                    grown = (reply["peak"] - reply["before"]) / MB
-                    what = f"{label}: peak in prefill beyond weights, {worker.policy}, {tokens:,}"
-                    self.target(what, grown, "{:,.0f} MB", kv_bytes=reply["kv_bytes"])
 
     def long_text(self, compiled: bool) -> None:
         """Time per token late in a long text against early, windows in turn."""

@@ -3,10 +3,10 @@
     python benchmarks/decode_worker.py SYSTEM
 
 Reads one JSON request a line from standard input and answers each with one line of JSON; between
-two requests it waits for input and so uses no processor. Systems: `ours`, `transformers`, `kvpress`,
-`llama.cpp`, and `machine`, which has no model: it measures the read bandwidth and makes prompts.
-Only the standard library is imported at the top, for each system brings its own interpreter, which
-may have neither torch nor this package.
+two requests it waits for input and so uses no processor. Systems: `ours`, `transformers`,
+`kvpress`, `llama.cpp`, and `machine`, which has no model: it measures the read bandwidth and makes
+prompts. Only the standard library is imported at the top, for each system brings its own
+interpreter, which may have neither torch nor this package.
 
 What every system with a model does:
 
@@ -29,7 +29,9 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent
+# Last, for there is a profile.py here, and torch.compile imports the standard library's.
+sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(HERE)]
 PREFILL_CHUNK = 512  # tokens; what Engine.generate does by default
 ROUNDS = 3  # how often a round is timed, each on a fork of its own
 GB = 1e9
@@ -526,6 +528,7 @@ class KVPress(Transformers):
         before = scorer(compression_ratio=1 - budget / len(ids), window_size=width)
         with before(self.model):
             seconds = super().prefill(ids, batch)
+        self.position = len(ids)
         self.press = self.kvpress.DecodingPress(
             base_press=scorer(window_size=width),
             compression_interval=interval,
@@ -534,6 +537,16 @@ class KVPress(Transformers):
         )(self.model)
         self.press.__enter__()
         return seconds
+
+    def forward(self) -> list[int]:
+        import torch
+
+        # A pruned cache is shorter than the text, so the position has to be given.
+        places = torch.full((len(self.tokens), 1), self.position, device=self.model.device)
+        options = {"past_key_values": self.cache, "use_cache": True, "position_ids": places}
+        self.tokens = self.model(self.tokens[:, None], **options).logits[:, -1].argmax(-1)
+        self.position += 1
+        return self.tokens.tolist()
 
     def close(self) -> None:
         if self.press is not None:
@@ -729,8 +742,9 @@ class Machine:
         if folder is None:
             size = SHAPES[shape]["vocab_size"]
             return {"ids": [rng.randrange(size) for _ in range(tokens)]}
-        from lethe_mini.text import Text
         from memory import TEXT
+
+        from lethe_mini.text import Text
 
         text, ids = Text(Path(folder)), []
         while len(ids) < tokens:
