@@ -16,8 +16,8 @@ once (--device cuda, large --shape), they run one after the other, which the out
 
 `NAME@P` is a policy that after a prompt of --length tokens keeps P percent of them by a round of
 its own; steps are timed from there, without rounds, and `with rounds` adds a round's time shared
-out over the interval. `must move` is what a step has to read: all weights once and the keys and values
-held; `bound` that over the measured read bandwidth, and `reached` bound over time.
+out over the interval. `must move` is what a step has to read: all weights once and the keys and
+values held; `bound` that over the measured read bandwidth, and `reached` bound over time.
 """
 
 import argparse
@@ -275,7 +275,7 @@ def find(rows: list[dict], **keys) -> dict | None:
 
 
 def baseline(rows: list[dict], row: dict) -> dict | None:
-    """Our full cache at the same batch and length, in the row's mode; for peers, compiled if it was."""
+    """Our full cache at the same batch and length: in the row's mode, for peers in the better."""
     modes = [row["system"]] if row["system"].startswith("ours") else ["ours compiled", "ours eager"]
     cell = {"batch": row["batch"], "length": row["length"], "policy": "full"}
     found = (find(rows, system=mode, **cell) for mode in modes)
@@ -575,14 +575,19 @@ class Bench:
         self.out("\n| what | measured |\n|---|---:|")
         self.from_grid()
         for compiled in self.modes():
-            for ask in (self.scoring, self.rounds, self.long_text):
-                self._try(ask, compiled)
+            self.questions(compiled)
 
-    def _try(self, ask, compiled: bool) -> None:
+    def questions(self, compiled: bool) -> None:
+        """What the grid does not say, of one mode."""
+        pair = self.ours("full", compiled), self.ours("lethe@100", compiled)
         try:
-            ask(compiled)
+            with self.team(*pair) as (full, lethe):
+                self.scoring(full, lethe)
+                self.prefill(full, lethe)
+                self.rounds(lethe)
+                self.long_text(lethe)
         except WorkerError as error:
-            self.note(f"{ask.__name__}: {error}")
+            self.note(f"the rest of these questions: {error}")
 
     @contextlib.contextmanager
     def team(self, *workers: Worker):
@@ -596,84 +601,75 @@ class Bench:
             worker.close()
             self.workers.remove(worker)
 
-    def scoring(self, compiled: bool) -> None:
-        """Lethe that never prunes against the full cache: a step at equal length, and prefill."""
-        with self.team(self.ours("full", compiled), self.ours("lethe@100", compiled)) as pair:
-            for batch in self.args.batch:
-                full, scored = self.cell(pair, batch, self.args.target_length, show=False)
-                if "error" not in full and "error" not in scored:
-                    where = f"batch {batch}, {self.args.target_length:,} tokens"
-                    cost = 1 / speedup(scored, full) - 1
-                    what = f"{full['system']}: cost of scoring a step, {where}"
-                    self.target(what, cost, "{:+.1%}")
-            self._prefill(pair)
+    def scoring(self, full: Worker, lethe: Worker) -> None:
+        """A step of Lethe that never prunes against one of the full cache, at equal length."""
+        for batch in self.args.batch:
+            pair = self.cell([full, lethe], batch, self.args.target_length, show=False)
+            if not any("error" in row for row in pair):
+                where = f"batch {batch}, {self.args.target_length:,} tokens"
+                cost = 1 / speedup(pair[1], pair[0]) - 1
+                self.target(f"{full.label}: cost of scoring a step, {where}", cost, "{:+.1%}")
 
-    def _prefill(self, pair: list[Worker]) -> None:
+    def prefill(self, full: Worker, lethe: Worker) -> None:
         """Time with scores against without; how the peak grows with the prompt."""
-        args = self.args
-        ids, seconds = self.prompt(max(args.prefill)), {worker: [] for worker in pair}
-        middle = args.prefill[len(args.prefill) // 2]
+        args, seconds = self.args, {full: [], lethe: []}
+        ids, middle = self.prompt(max(args.prefill)), args.prefill[len(args.prefill) // 2]
         for turn in range(max(2, args.reps // 2)):
-            for worker in pair if turn % 2 else reversed(pair):
+            for worker in (full, lethe) if turn % 2 else (lethe, full):
                 reply = self._checked(self.ask(worker, "fill", ids=ids[:middle], batch=1))
                 seconds[worker].append(reply["seconds"])
-        pairs = zip(*(seconds[worker] for worker in pair), strict=True)
-        ratio = statistics.median(scored / full for full, scored in pairs)
-        label = pair[0].label
-        facts = {"seconds": [statistics.median(seconds[worker]) for worker in pair]}
-        what = f"{label}: prefill of {middle:,} tokens, with scores against without"
+        pairs = zip(seconds[full], seconds[lethe], strict=True)
+        ratio = statistics.median(with_scores / without for without, with_scores in pairs)
+        facts = {"seconds": [statistics.median(seconds[worker]) for worker in (full, lethe)]}
+        what = f"{full.label}: prefill of {middle:,} tokens, with scores against without"
         self.target(what, ratio, "{:.2f}x", **facts)
-        for worker in pair:
+        for worker in (full, lethe):
             for tokens in args.prefill:
                 reply = self._checked(self.ask(worker, "fill", ids=ids[:tokens], batch=1))
                 grown = (reply["peak"] - reply["before"]) / MB
-                what = (
-                    f"{label}: peak of prefill beyond weights, {worker.policy}, {tokens:,} tokens"
-                )
+                with_scores = "with" if worker is lethe else "without"
+                what = f"{full.label}: growth in prefill {with_scores} scores, {tokens:,} tokens"
                 self.target(what, grown, "{:,.0f} MB", kv_bytes=reply["kv_bytes"])
 
-    def rounds(self, compiled: bool) -> None:
+    def rounds(self, lethe: Worker) -> None:
         """Time in rounds: two intervals of a real run from --target-length tokens on."""
         args = self.args
         budget = max(16, round(0.083 * args.target_length))
-        with self.team(self.ours("lethe", compiled, budget=budget)) as (worker,):
-            for batch in args.batch:
-                ids = self.prompt(args.target_length)
-                self._checked(self.ask(worker, "fill", ids=ids, batch=batch))
-                self._checked(self.ask(worker, "steps", count=0, warm=2))
-                reply = self._checked(self.ask(worker, "decode", count=2 * args.interval))
-                steps, rounds = sum(reply["step_seconds"]), reply["rounds_total"]
-                what = (
-                    f"{worker.label}: share of decode in rounds, batch {batch}, budget {budget} of "
-                    f"{args.target_length:,}, interval {args.interval}"
-                )
-                facts = {"round_seconds": reply["round_seconds"], "step_seconds": steps}
-                self.target(what, rounds / (steps + rounds), "{:.1%}", **facts)
+        self._checked(self.ask(lethe, "configure", share=None, budget=budget))
+        for batch in args.batch:
+            ids = self.prompt(args.target_length)
+            self._checked(self.ask(lethe, "fill", ids=ids, batch=batch))
+            reply = self._checked(self.ask(lethe, "decode", count=2 * args.interval))
+            steps, rounds = sum(reply["step_seconds"]), reply["rounds_total"]
+            what = (
+                f"{lethe.label}: share of decode in rounds, batch {batch}, budget {budget} of "
+                f"{args.target_length:,}, interval {args.interval}"
+            )
+            facts = {"round_seconds": reply["round_seconds"], "step_seconds": steps}
+            self.target(what, rounds / (steps + rounds), "{:.1%}", **facts)
 
-    def long_text(self, compiled: bool) -> None:
+    def long_text(self, lethe: Worker) -> None:
         """Time per token late in a long text against early, windows in turn."""
         args = self.args
-        budget, early, late = args.budget, *args.long
-        worker = self.ours("lethe", compiled, budget=budget, positions="compact")
-        with self.team(worker):
-            self._checked(self.ask(worker, "fill", ids=self.prompt(16), batch=1))
-            for goal, then in ((early, "snapshot"), (late, "swap")):
-                seen = 16 if goal == early else early
-                while seen < goal:  # in pieces, so that none outlasts the limit
-                    count = min(500, goal - seen)
-                    self._checked(self.ask(worker, "decode", count=count))
-                    seen += count
-                self._checked(self.ask(worker, then))
-            windows: list[list[list[float]]] = [[], []]  # early, late: seconds a token
-            for turn in range(2 * args.windows):
-                reply = self._checked(self.ask(worker, "decode", count=2 * args.interval))
-                rounds = reply["rounds_total"] / len(reply["step_seconds"])
-                windows[turn % 2].append([seconds + rounds for seconds in reply["step_seconds"]])
-                self._checked(self.ask(worker, "swap"))
-        first, last = ([s for window in one for s in window] for one in windows)
-        what = f"{worker.label}: time per token at {late:,} against {early:,}, budget {budget}"
-        facts = {"ms": [1e3 * statistics.median(one) for one in (first, last)]}
-        self.target(what, statistics.median(last) / statistics.median(first), "{:.3f}x", **facts)
+        budget, (early, late), seen = args.budget, args.long, 16
+        changes = {"share": None, "budget": budget, "positions": "compact"}
+        self._checked(self.ask(lethe, "configure", **changes))
+        self._checked(self.ask(lethe, "fill", ids=self.prompt(seen), batch=1))
+        for goal, then in ((early, "snapshot"), (late, "swap")):
+            while seen < goal:  # in pieces, so that none outlasts the limit
+                count = min(500, goal - seen)
+                self._checked(self.ask(lethe, "decode", count=count))
+                seen += count
+            self._checked(self.ask(lethe, then))
+        windows: list[list[float]] = [[], []]  # early, late: seconds a token
+        for turn in range(2 * args.windows):
+            reply = self._checked(self.ask(lethe, "decode", count=2 * args.interval))
+            rounds = reply["rounds_total"] / len(reply["step_seconds"])
+            windows[turn % 2] += [seconds + rounds for seconds in reply["step_seconds"]]
+            self._checked(self.ask(lethe, "swap"))
+        first, last = (statistics.median(seconds) for seconds in windows)
+        what = f"{lethe.label}: time per token at {late:,} against {early:,}, budget {budget}"
+        self.target(what, last / first, "{:.3f}x", ms=[1e3 * first, 1e3 * last])
 
     def run_curve(self) -> None:
         """Time per token and memory while a text grows, all workers in turn, window by window."""

@@ -309,6 +309,11 @@ class Ours(System):
         options["interval"] = self.settings["interval"]
         return kind(**{key: value for key, value in options.items() if key in known})
 
+    def configure(self, **changes) -> dict:
+        """From the next `fill` on, other settings of the policy."""
+        self.settings |= changes
+        return {}
+
     def new_cache(self, prompt: int):
         positions = self.settings.get("positions", "absolute")
         cache = self.engine.new_cache(self.policy, positions)
