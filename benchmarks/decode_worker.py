@@ -565,8 +565,9 @@ class KVPress(Transformers):
 
 class LlamaCpp(System):
     """llama.cpp through llama-cpp-python, weights in bfloat16 made from the demo's GGUF by its own
-    quantizer. Keys and values are float16, its default. Every sequence has its own stream of the
-    cache, so that a batch reads as much as that of the others."""
+    quantizer. Keys and values are float16, its default; its flash attention is not the quicker
+    choice on every CPU, so `flash` says auto (its default), on or off. Every sequence has its own
+    stream of the cache, so that a batch reads as much as that of the others."""
 
     model = context = batch = None
 
@@ -615,6 +616,8 @@ class LlamaCpp(System):
         room = -(-(len(ids) + self.settings["room"]) // 256) * 256  # it wants multiples of 256
         options.n_ctx, options.n_seq_max = room * batch, batch
         options.kv_unified = False
+        kind = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}[self.settings["flash"]]
+        options.flash_attn_type = getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{kind}")
         options.n_batch = options.n_ubatch = 512
         options.n_threads = options.n_threads_batch = self.settings["threads"]
         heads = lib.llama_model_n_head_kv(self.model)
