@@ -600,7 +600,7 @@ class Bench:
         try:
             with self.team(*pair) as (full, lethe):
                 self.scoring(full, lethe)
-                self.prefill(full, lethe)
+                self.prefill(full, lethe)  # before the other settings of the next two
                 self.rounds(lethe)
                 self.long_text(lethe)
         except WorkerError as error:
@@ -641,9 +641,10 @@ class Bench:
         what = f"{full.label}: prefill of {middle:,} tokens, with scores against without"
         self.target(what, ratio, "{:.2f}x", **facts)
         for worker in (full, lethe):
+            self._checked(self.ask(worker, "drop"))
             for tokens in args.prefill:
                 reply = self._checked(self.ask(worker, "fill", ids=ids[:tokens], batch=1))
-                grown = (reply["peak"] - reply["before"]) / MB
+                grown = (reply["peak"] - worker.facts["resident"]) / MB
                 with_scores = "with" if worker is lethe else "without"
                 what = f"{full.label}: growth in prefill {with_scores} scores, {tokens:,} tokens"
                 self.target(what, grown, "{:,.0f} MB", kv_bytes=reply["kv_bytes"])

@@ -18,6 +18,7 @@ What every system with a model does:
 
 import contextlib
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -109,6 +110,8 @@ def reset_peak(settings: dict) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return
+    with contextlib.suppress(OSError, AttributeError):  # what is free goes back first (glibc)
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -120,6 +123,15 @@ def memory_peak(settings: dict) -> int:
 
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM")
+
+
+def resident(settings: dict) -> int:
+    """Bytes that the process has now: resident size, or CUDA's allocator."""
+    if _on_cuda(settings):
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return _status("VmRSS")
 
 
 def available() -> int:
@@ -213,10 +225,9 @@ class System:
     def fill(self, ids: list[int], batch: int) -> dict:
         self.drop()
         reset_peak(self.settings)
-        before = _status("VmRSS")
         self.chosen = []
         seconds = self.prefill(ids, batch)
-        return {"seconds": seconds, "before": before, **self.state()}
+        return {"seconds": seconds, **self.state()}
 
     def steps(self, count: int, warm: int = 1) -> dict:
         """`warm` steps that are not timed (the caches of the processor hold another system's
@@ -798,6 +809,8 @@ def serve(kind: str, requests, replies) -> None:
         if name == "load":
             system = SYSTEMS[kind](request.pop("settings"))
         reply = answer(system, name, request)
+        if name == "load" and "error" not in reply:
+            reply["resident"] = resident(system.settings)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
