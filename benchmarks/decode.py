@@ -912,6 +912,8 @@ def main(argv: list[str] | None = None) -> int:
             bench.run_targets()
     except KeyboardInterrupt:
         code = 130
+        for another in (signal.SIGINT, signal.SIGTERM):  # would stop the partial table
+            signal.signal(another, signal.SIG_IGN)
         bench.note("interrupted: what is above is all there is")
     except WorkerError as error:
         code = 1
