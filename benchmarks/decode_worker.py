@@ -262,7 +262,6 @@ class Ours(System):
 
         sys.path.insert(0, str(ROOT))
         from lethe_mini import Engine
-        from lethe_mini.engine import DTYPES
 
         settings = self.settings
         torch.set_num_threads(settings["threads"])
@@ -270,7 +269,7 @@ class Ours(System):
             names = (settings["folder"], settings["device"], settings["dtype"])
             self.engine = Engine.from_pretrained(*names, compile=settings["compile"])
         else:
-            self.engine = Engine(self._random_model(DTYPES[settings["dtype"]]))
+            self.engine = Engine(self._random_model(getattr(torch, settings["dtype"])))
             if settings["compile"]:
                 self.engine.model.compile()
         self.policy = self._policy(None)
