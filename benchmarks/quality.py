@@ -383,11 +383,11 @@ def table(task: str, rows: list[dict]) -> str:
     """Markdown; what is measured is a mean and its interval."""
     names = HEADS[task]
     lines = [
-        "| choice | prompt | budget | kept | " + " | ".join(names.values()) + " |",
+        "| choice | prompt | budget | holds | " + " | ".join(names.values()) + " |",
         "|---|---|---:|---:|" + "---|" * len(names),
     ]
     for row in rows:
-        prompt = "" if row["choice"] == "full" else "kept" if row["protect"] else "free"
+        prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
         start = f"| {row['choice']} | {prompt} | {row['budget']} |"
         if "error" in row:
             lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
@@ -475,8 +475,8 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     try:
         engine = Engine.from_pretrained(args.model, args.device, args.dtype)
     except UserError as error:
