@@ -13,8 +13,9 @@ DRAWS = 10_000  # bootstrap samples: the ends of a 95 % interval then move by ab
 class Lines:
     """A JSON Lines file of (key, result); each line is on the disk before the next one is begun.
 
-    A key holds everything that the result depends on, so that a file may be gone on with after an
-    interruption, with other settings, or with more texts. Without a path nothing is kept.
+    A key holds every setting that the result depends on, so that a file may be gone on with after
+    an interruption, with other settings, or with more texts. It does not know the code: after a
+    change there, begin a new file. Without a path nothing is kept.
     """
 
     def __init__(self, path: Path | None):

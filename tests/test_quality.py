@@ -155,6 +155,11 @@ def engine(small):
     return Engine.from_pretrained(str(small), "cpu", "float32")
 
 
+@pytest.fixture(scope="module")
+def prose(engine):
+    return reading.token_stream(engine, "choose", 0)[:3000]
+
+
 def paragraphs(texts):
     return {" ".join(p.split()) for text in texts for p in text.split("\n\n")}
 
@@ -187,10 +192,10 @@ def arguments(*argv):
 
 
 @torch.inference_mode()
-def test_prose_is_what_one_forward_says(engine):
+def test_prose_is_what_one_forward_says(engine, prose):
     """Full: cross-entropy of a plain forward, no gap, all agreed. With room enough every choice is
     the full cache; with little, none is."""
-    ids = reading.stretches(engine, "choose", 0, 1, 90)[0]
+    ids = prose[:91]
     log_probs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
     right = -log_probs[torch.arange(16, 90), torch.tensor(ids[17:])]
     args = arguments("prose", "--budget", "90", "20", "--tokens", "90", "--protect", "no")
@@ -210,9 +215,9 @@ def test_prose_is_what_one_forward_says(engine):
 
 
 @torch.inference_mode()
-def test_divergence_and_agreement_are_those_of_the_logits(engine):
+def test_divergence_and_agreement_are_those_of_the_logits(engine, prose):
     """Against torch's own, from logits that the engine makes token by token."""
-    ids = reading.stretches(engine, "choose", 0, 1, 60)[0]
+    ids = prose[:61]
     policy = Lethe(budget=20, interval=8, sinks=2, protect_prompt=False)
     both = []
     for one in (FullKV(), policy):
@@ -243,8 +248,7 @@ def test_divergence_and_agreement_are_those_of_the_logits(engine):
 
 @FEW
 @given(st.integers(0, 2**32), st.integers(200, 400), st.integers(10, 90))
-def test_a_needle_is_stated_once_behind_the_prompt(engine, seed, haystack, later):
-    prose = reading.token_stream(engine, "choose", 0)[:3000]
+def test_a_needle_is_stated_once_behind_the_prompt(engine, prose, seed, haystack, later):
     needle = quality.make_needle(engine, prose, haystack, later, 16, random.Random(seed))
     text = bytes_of(engine, needle.ids)
     fact = "The secret number of the "
@@ -265,9 +269,8 @@ def bytes_of(engine, ids):
 
 
 @torch.inference_mode()
-def test_recall_is_the_answer_s_probability(engine):
+def test_recall_is_the_answer_s_probability(engine, prose):
     """The product of what a plain forward gives its tokens; greedy, if each is the likeliest."""
-    prose = reading.token_stream(engine, "choose", 0)[:3000]
     needle = quality.make_needle(engine, prose, 120, 30, 16, random.Random(3))
     asked = len(needle.ids)
     for answer in (needle.answer, None):
