@@ -64,7 +64,7 @@ CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
     "head": (Lethe, PLAIN | {"granularity": "head"}),
     "values": (Lethe, PLAIN | {"value_norm": True}),
     "slow-head": (Lethe, PLAIN | {"gamma": 0.995, "granularity": "head"}),
-    "all": (
+    "combined": (
         Lethe,
         {
             "knee": "none",
@@ -162,6 +162,37 @@ class Bench:
         self.nominal[policy] = result["nominal"]
         return result
 
+    def results(self, cells: list[Cell], readings: Iterable, count: int) -> list[list[dict]]:
+        """For every cell the results of all `count` texts; none for a cell that cannot be.
+
+        readings: for every text, what reads it under a policy, and the facts that name it.
+        """
+        able = [cell for cell in cells if cell.policy is not None]
+        found: list[list[dict]] = [[] for _ in cells]
+        with tqdm(total=len(able) * count, unit="reading", disable=None) as bar:
+            for read, facts in readings:
+                for cell, results in zip(cells, found, strict=True):
+                    if cell.policy is not None:
+                        results.append(self.result(cell, read, **facts))
+                        bar.update()
+        return found
+
+
+def rows_of(cells: list[Cell], found: list[list[dict]]) -> list[dict]:
+    """What every row says of its cell: the choice, and the tokens kept, allowed and asked for, as
+    means over texts; or why it cannot be."""
+    rows = []
+    for cell, results in zip(cells, found, strict=True):
+        row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
+        if cell.policy is None:
+            row["error"] = cell.why
+        else:
+            row["policy"] = cell.facts()
+            for name in ("kept", "allowed", "nominal"):
+                row[name] = sum(one[name] or 0 for one in results) / len(results)
+        rows.append(row)
+    return rows
+
 
 def digest(ids: list[int]) -> str:
     """Names a text."""
@@ -211,56 +242,36 @@ class Prose:
 
 def run_prose(bench: Bench, cells: list[Cell], texts: list[list[int]], block: int) -> list[dict]:
     """A row per cell: figures with their intervals."""
-    able = [cell for cell in cells if cell.policy is not None]
-    found: dict[int, list[dict]] = {id(cell): [] for cell in able}
-    with tqdm(total=len(able) * len(texts), unit="reading", disable=None) as bar:
-        for ids in texts:
-            text = Prose(bench, ids, block)
-            for cell in able:
-                facts = {"task": "prose", "text": digest(ids), "block": block}
-                found[id(cell)].append(bench.result(cell, text.read, **facts))
-                bar.update()
-    joined = {
-        cell: {name: [x for one in found[cell] for x in one[name]] for name in BLOCKS}
-        for cell in found
-    }
-    full, rows = joined[id(cells[0])], []
-    for cell in cells:
-        row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
-        rows.append(row)
+    readings = (  # one after the other: a text holds the full cache's log-probabilities
+        (Prose(bench, ids, block).read, {"task": "prose", "text": digest(ids), "block": block})
+        for ids in texts
+    )
+    found = bench.results(cells, readings, len(texts))
+    joined = [
+        {name: [x for one in ones for x in one[name]] for name in ("nats", "kl", "agree", "tokens")}
+        for ones in found
+    ]
+    rows = rows_of(cells, found)
+    for cell, row, mine in zip(cells, rows, joined, strict=True):
         if cell.policy is None:
-            row["error"] = cell.why
             continue
-        mine = joined[id(cell)]
-        row |= {"policy": cell.facts(), **means(found[id(cell)])}
-        row["nats"] = mean_with_interval(mine["nats"], mine["tokens"])
-        row["kl"] = mean_with_interval(mine["kl"], mine["tokens"])
-        row["agree"] = mean_with_interval(mine["agree"], mine["tokens"])
-        row["gap"] = difference(mine, full, "nats")
-        rival = next((c for c in able if same_condition(c, cell) and c.choice == "random"), None)
-        row["over_random"] = difference(mine, joined[id(rival)], "nats") if rival else None
+        for name in ("nats", "kl", "agree"):
+            row[name] = mean_with_interval(mine[name], mine["tokens"])
+        row["gap"] = difference(mine, joined[0], "nats")
+        condition = (cell.budget, cell.protect)
+        rivals = [
+            theirs
+            for other, theirs in zip(cells, joined, strict=True)
+            if other.choice == "random" and (other.budget, other.protect) == condition
+        ]
+        row["over_random"] = difference(mine, rivals[0], "nats") if rivals else None
     return rows
-
-
-BLOCKS = ("nats", "kl", "agree", "tokens")
-
-
-def same_condition(a: Cell, b: Cell) -> bool:
-    return (a.budget, a.protect) == (b.budget, b.protect)
 
 
 def difference(mine: dict, theirs: dict, name: str) -> list[float]:
     """[mean, low, high] of mine less theirs, paired block by block."""
     less = [a - b for a, b in zip(mine[name], theirs[name], strict=True)]
     return mean_with_interval(less, mine["tokens"])
-
-
-def means(results: list[dict]) -> dict:
-    """Tokens kept, allowed and asked for, as means over texts."""
-    return {
-        name: sum(one[name] or 0 for one in results) / len(results)
-        for name in ("kept", "allowed", "nominal")
-    }
 
 
 # -- needle ----------------------------------------------------------------------------------------
@@ -334,27 +345,21 @@ class Recall:
 
 def run_needle(bench: Bench, cells: list[Cell], needles: list[Needle]) -> list[dict]:
     """A row per cell: recall with its interval, over the needles."""
-    able = [cell for cell in cells if cell.policy is not None]
-    found: dict[int, list[dict]] = {id(cell): [] for cell in able}
-    with tqdm(total=len(able) * len(needles), unit="reading", disable=None) as bar:
-        for needle in needles:
-            recall = Recall(bench, needle)
-            for cell in able:
-                facts = {"task": "needle", "text": digest(needle.ids), "answer": needle.answer}
-                found[id(cell)].append(bench.result(cell, recall.read, **facts))
-                bar.update()
-    full, rows, ones = found[id(cells[0])], [], [1] * len(needles)
-    for cell in cells:
-        row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
-        rows.append(row)
+    readings = (
+        (
+            Recall(bench, needle).read,
+            {"task": "needle", "text": digest(needle.ids), "answer": needle.answer},
+        )
+        for needle in needles
+    )
+    found = bench.results(cells, readings, len(needles))
+    rows, ones = rows_of(cells, found), [1] * len(needles)
+    for cell, row, mine in zip(cells, rows, found, strict=True):
         if cell.policy is None:
-            row["error"] = cell.why
             continue
-        mine = found[id(cell)]
-        row |= {"policy": cell.facts(), **means(mine)}
         for name in ("match", "probability"):
             values = [float(one[name]) for one in mine]
-            less = [value - float(one[name]) for value, one in zip(values, full, strict=True)]
+            less = [x - float(full[name]) for x, full in zip(values, found[0], strict=True)]
             row[name] = mean_with_interval(values, ones)
             row[f"{name}_less_full"] = mean_with_interval(less, ones)
     return rows
