@@ -240,8 +240,11 @@ class Prose:
         return {**sums, "tokens": counts, "rounds": reader.rounds}
 
 
-def run_prose(bench: Bench, cells: list[Cell], texts: list[list[int]], block: int) -> list[dict]:
-    """A row per cell: figures with their intervals."""
+def run_prose(
+    bench: Bench, cells: list[Cell], texts: list[list[int]], block: int, rival: str = "random"
+) -> list[dict]:
+    """A row per cell: figures with their intervals; `over_rival` is against that choice under the
+    same condition."""
     readings = (  # one after the other: a text holds the full cache's log-probabilities
         (Prose(bench, ids, block).read, {"task": "prose", "text": digest(ids), "block": block})
         for ids in texts
@@ -262,9 +265,9 @@ def run_prose(bench: Bench, cells: list[Cell], texts: list[list[int]], block: in
         rivals = [
             theirs
             for other, theirs in zip(cells, joined, strict=True)
-            if other.choice == "random" and (other.budget, other.protect) == condition
+            if other.choice == rival and (other.budget, other.protect) == condition
         ]
-        row["over_random"] = difference(mine, rivals[0], "nats") if rivals else None
+        row["over_rival"] = difference(mine, rivals[0], "nats") if rivals else None
     return rows
 
 
@@ -371,7 +374,7 @@ HEADS = {
     "prose": {
         "nats": "nats/token",
         "gap": "over full",
-        "over_random": "over random",
+        "over_rival": "over rival",
         "agree": "same top-1",
         "kl": "KL",
     },
@@ -442,6 +445,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     prose = tasks.add_parser("prose", parents=[shared], help="nats per token, agreement")
     prose.add_argument("--texts", type=int, default=10, help="default: %(default)s")
     prose.add_argument("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
+    prose.add_argument(
+        "--rival", default="random", choices=choices, help="whom to compare with (default: random)"
+    )
     prose.add_argument("--block", type=int, default=128, help="tokens that are drawn together")
     needle = tasks.add_parser("needle", parents=[shared], help="recall of a fact")
     needle.add_argument("--needles", type=int, default=100, help="of each length (default: 100)")
@@ -461,7 +467,7 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
     bench = Bench(engine, Lines(args.lines), args.prompt)
     if args.task == "prose":
         texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
-        return run_prose(bench, make_cells(args, args.tokens), texts, args.block)
+        return run_prose(bench, make_cells(args, args.tokens), texts, args.block, args.rival)
     prose, rows = token_stream(engine, args.split, args.seed), []
     for haystack in args.haystack:
         needles = [

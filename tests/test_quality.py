@@ -201,10 +201,15 @@ def test_prose_is_what_one_forward_says(engine, prose):
     args = arguments("prose", "--budget", "90", "20", "--tokens", "90", "--protect", "no")
     args.choice.remove("snapkv")  # a window of 64 tokens has no room in 20
     args.choice.remove("pyramidkv")
-    rows = quality.run_prose(bench(engine), quality.make_cells(args, 90), [ids], 7)
+    cells = quality.make_cells(args, 90)
+    rows = quality.run_prose(bench(engine), cells, [ids], 7, rival="uniform")
+    gaps = {(row["choice"], row["budget"]): row["gap"][0] for row in rows}
     assert rows[0]["nats"][0] == pytest.approx(right.mean().item(), abs=1e-4)
     assert rows[0]["gap"] == [0, 0, 0]
     for row in rows:
+        if row["choice"] != "full":
+            less = gaps[row["choice"], row["budget"]] - gaps["uniform", row["budget"]]
+            assert row["over_rival"][0] == pytest.approx(less, abs=1e-9)
         if row["budget"] == "20":
             assert row["kl"][0] > 1e-3
             assert row["kept"] == pytest.approx(row["allowed"], rel=quality.TOLERANCE)
