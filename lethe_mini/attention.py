@@ -69,8 +69,11 @@ def attend(
     return out, weights.sum(dim=2) if want_mass else None
 
 
-def received_mass(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The mass each key receives from T queries; shapes and mask as in `attend`.
+def received_mass(
+    q: Tensor, k: Tensor, mask: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """The mass each key receives from T queries; shapes and mask as in `attend`. weights: (T, 1),
+    what each query counts.
 
     Queries go in blocks, so memory is linear in S. Every row of the softmax sums to 1, so the mass
     of a sequence adds up to H x T.
@@ -90,5 +93,8 @@ def received_mass(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
             logits[..., -t:].masked_fill_(ahead, -torch.inf)
         else:
             logits.masked_fill_(~mask[:, :, first:last].unsqueeze(2), -torch.inf)
-        mass[:, :, :seen] += logits.softmax(dim=-1).sum(dim=(2, 3))
+        shares = logits.softmax(dim=-1)
+        if weights is not None:
+            shares *= weights[first:last]
+        mass[:, :, :seen] += shares.sum(dim=(2, 3))
     return mass
