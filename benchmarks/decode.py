@@ -36,8 +36,6 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Last, for there is a profile.py here, and torch.compile imports the standard library's.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(HERE)]
 sys.path.insert(0, str(HERE.parent))
 
 from decode_worker import SHAPES  # noqa: E402

@@ -30,9 +30,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent
-# Last, for there is a profile.py here, and torch.compile imports the standard library's.
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(HERE)]
+ROOT = Path(__file__).resolve().parents[1]
 PREFILL_CHUNK = 512  # tokens; what Engine.generate does by default
 ROUNDS = 3  # how often a round is timed, each on a fork of its own
 GB = 1e9

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # last: there is a profile.py, and Python has one, too
+sys.path.insert(0, str(BENCHMARKS))
 
 import decode  # noqa: E402
 import decode_worker  # noqa: E402

@@ -1,6 +1,6 @@
 """Where a decoding step's time goes: projections, attention, scoring, rounds, sampling, the rest.
 
-    python benchmarks/profile.py [--batch 1] [--length 4000] [--budget 340] [--compile]
+    python benchmarks/profile_step.py [--batch 1] [--length 4000] [--budget 340] [--compile]
         [--json FILE]
 
 Eager: the functions and modules of the package are wrapped from outside by clocks, each of which
@@ -22,21 +22,16 @@ import sys
 import time
 from pathlib import Path
 
-# A file of this name would hide the standard library's `profile`, which torch imports.
-HERE = Path(__file__).resolve().parent
-sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.append(str(HERE))
-sys.path.insert(0, str(HERE.parent))
+from decode import commit, processor, quartiles
+from decode_worker import Machine, Ours
 
-from decode import commit, processor, quartiles  # noqa: E402
-from decode_worker import Machine, Ours  # noqa: E402
-
-import lethe_mini.model as model_module  # noqa: E402
-from lethe_mini.cache import KVCache, LayerCache  # noqa: E402
-from lethe_mini.loader import resolve  # noqa: E402
+import lethe_mini.model as model_module
+from lethe_mini.cache import KVCache, LayerCache
+from lethe_mini.loader import resolve
 
 OVERALL = "everything else"
 # Functions that a step goes through, by the part they belong to. One that is gone is left out, and
