@@ -16,22 +16,6 @@ from .products import grouped_logits, grouped_values
 MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
 
 
-def rope_cos_sin(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every pair's angle: positions (...) int, inv_freq (D/2) -> (..., D/2) float32.
-
-    Angles are taken in the dtype of inv_freq. Models were trained with float32, where the angle of
-    position 8,000 is off by up to 5e-4; only in float64 does turning by a, then b, turn by a + b.
-    """
-    angles = positions.to(inv_freq.dtype)[..., None] * inv_freq
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + D/2]) by their angles. x: (..., D); cos, sin: (..., D/2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 def causal_mask(slots: Tensor, S: int) -> Tensor | None:
     """(B, 1, T, S) bool: a query in slot n sees slots 0 .. n, for slots are in the order of the
     text. slots: (B, T) -> None where `attend` needs none."""

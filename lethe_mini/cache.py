@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import rope_cos_sin, rotate
+from .rope import rope_cos_sin, rotate
 
 BLOCK = 64  # slots; capacity is always a multiple, so shapes repeat
 

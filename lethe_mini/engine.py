@@ -6,11 +6,8 @@ prefilled alone, then joins; a sequence that ends leaves, and its memory with it
 takes its place. What a sequence gets never depends on its neighbours.
 """
 
-import random
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from itertools import islice
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from .loader import check_dtype, load_model, pick_device, pick_dtype, resolve
 from .model import Transformer
 from .policy import FullKV, Policy
 from .prompts import check_sizes, encode_prompts
+from .roster import Roster
 from .sampling import check_sampling, sample
 from .signals import held_back_interrupts
 from .stats import Generated, Meter, Result
@@ -105,22 +103,25 @@ class Engine:
         batch_size = batch_size or max(1, len(prompts) * num_samples)
         if trace is not None:
             trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])
-        run = _Run(self, policy, encoded, limits, seed, num_samples, positions)
-        run.resumed, run.on_step, run.trace = cache, on_step, trace
-        run.eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
-        run.on_token, run.on_finish = on_token, on_finish
-        with held_back_interrupts() as run.pressed:
+        lengths = [len(ids) for ids in encoded]
+        roster = Roster(
+            lengths, limits, num_samples, seed, self.text, ignore_eos, on_token, on_finish
+        )
+        meter = Meter(self, policy, seed, positions, len(roster.sequences), trace)
+        with held_back_interrupts() as pressed:
+            run = _Run(self, policy, encoded, positions, roster, meter, pressed, cache, on_step)
             try:
-                while (run.live or run.pending) and not run.pressed:
-                    if run.pending and len(run.live) < batch_size:
-                        run.admit(batch_size - len(run.live), prefill_chunk)
+                while (roster.live or roster.pending) and not pressed:
+                    if roster.pending and len(roster.live) < batch_size:
+                        run.admit(batch_size - len(roster.live), prefill_chunk)
                     else:
                         run.step(temperature, top_k, top_p)
             except KeyboardInterrupt:  # from a callback
-                run.pressed.append(True)
-            if run.pressed:
-                run.interrupt()
-        return Result(run.sequences, run.meter.close())
+                pressed.append(True)
+            if pressed:
+                roster.interrupt()
+                run.leave([])
+        return Result(roster.sequences, meter.close())
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
@@ -134,30 +135,27 @@ class Engine:
         )
 
 
+@dataclass
 class _Run:
-    """One call of `generate`. Row r of the cache and of the logits is sequence live[r]."""
+    """One call of `generate`. Row r of the cache and of the logits is sequence roster.live[r]."""
 
-    eos: frozenset[int] = frozenset()
-    on_token = on_finish = on_step = resumed = None
-
-    def __init__(self, engine, policy, encoded, limits, seed, num_samples, positions):
-        self.engine, self.model, self.policy = engine, engine.model, policy
-        self.encoded, self.limits, self.num_samples = encoded, limits, num_samples
-        self.positions = positions
-        self.sequences = [Generated(len(ids)) for ids in encoded for _ in range(num_samples)]
-        self.seed, self.draws = seed, {}  # sequence -> its random numbers, while it lives
-        self.pending = deque(range(len(self.sequences)))
-        self.live: list[int] = []
-        self.cache: KVCache | None = None
-        self.logits: Tensor | None = None  # (rows, vocab)
-        self.meter = Meter(engine, policy, seed, positions, len(self.sequences))
+    engine: Engine
+    policy: Policy
+    prompts: list[list[int]]
+    positions: str
+    roster: Roster
+    meter: Meter
+    pressed: list  # not empty: the user wants an end
+    resumed: KVCache | None
+    on_step: Callable[[KVCache], None] | None
+    cache: KVCache | None = None
+    logits: Tensor | None = None  # (rows, vocab)
 
     def admit(self, room: int, chunk: int) -> None:
         """Reads the next prompt, alone, in chunks; prunes it if that is due; joins it to the batch,
         once for each of its samples that there is room for."""
         self.meter.prefill_begins()
-        prompt = self.pending[0] // self.num_samples
-        ids = self.encoded[prompt]
+        ids = self.prompts[self.roster.next_prompt]
         cache = self.resumed or self.engine.new_cache(self.policy, self.positions)
         if not cache.seen[0]:
             cache.prompt = [len(ids)]
@@ -167,86 +165,52 @@ class _Run:
             if self.pressed:
                 return
             tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
-            logits = self.model(tokens, cache=cache, last_only=True)[:, -1]
+            logits = self.engine.model(tokens, cache=cache, last_only=True)[:, -1]
         self._prune(cache, prefilled=True)
-        samples = [i for i in islice(self.pending, room) if i // self.num_samples == prompt]
-        for index in samples:
-            self.pending.popleft()
-            self.draws[index] = random.Random(f"{self.seed}-{index % self.num_samples}")
+        samples = self.roster.samples(room)
         if len(samples) > 1:
             cache.select([0] * len(samples))
             logits = logits.repeat(len(samples), 1)
-        if self.live:
+        if self.roster.live:
             self.cache.join(cache)
             self.logits = torch.cat((self.logits, logits))
         else:
             self.cache, self.logits = cache, logits
-        self.live += samples
+        self.roster.enter(samples)
         self.meter.prefill_ends()
 
     def step(self, temperature: float, top_k: int, top_p: float) -> None:
         """One token for every live sequence; those that end leave; a round where one is due."""
-        draws = [self.draws[index].random() for index in self.live]
-        tokens = sample(self.logits, draws, temperature, top_k, top_p)
-        for row, token in enumerate(tokens.tolist()):
-            index = self.live[row]
-            one = self.sequences[index]
-            one.token_ids.append(token)
-            if token in self.eos:
-                one.finish_reason = "stop"
-            elif len(one.token_ids) >= self.limits[index // self.num_samples]:
-                one.finish_reason = "length"
-            elif self.cache.next_angle(row) >= self.model.config.max_position_embeddings:
-                one.finish_reason = "positions"
-            if self.on_token is not None:
-                self.on_token(index, token)
-        rows = [row for row, i in enumerate(self.live) if self.sequences[i].finish_reason is None]
-        if len(rows) < len(self.live):
-            self._leave(rows)
+        model, cache = self.engine.model, self.cache
+        tokens = sample(self.logits, self.roster.draws(), temperature, top_k, top_p)
+        most = model.config.max_position_embeddings
+        full = [cache.next_angle(row) >= most for row in range(len(tokens))]
+        rows = self.roster.record(tokens.tolist(), full)
+        if len(rows) < len(tokens):
+            self.leave(rows)
             tokens = tokens[rows]
-        if not self.live:
+        if not rows:
             return
         if self.policy.gamma is not None:
-            self.cache.decay(self.policy.gamma)
-        self.logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
-        self.meter.step(self.cache)
-        self._prune(self.cache)
+            cache.decay(self.policy.gamma)
+        self.logits = model(tokens[:, None], cache=cache)[:, -1]
+        self.meter.step(cache)
+        self._prune(cache)
         if self.on_step is not None:
-            self.on_step(self.cache)
+            self.on_step(cache)
 
-    def _leave(self, rows: list[int]) -> None:
+    def leave(self, rows: list[int]) -> None:
         """All but these rows leave the batch, and their memory with them."""
-        self.meter.peak(self.cache)
-        gone = [index for row, index in enumerate(self.live) if row not in rows]
-        for index in gone:
-            one = self.sequences[index]
-            one.generated_tokens = len(one.token_ids)
-            one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
-            self.meter.final(self.cache, self.live.index(index), index)
-            if self.trace is not None:
-                self.trace.ends(index, self.cache.seen[self.live.index(index)], one)
-            del self.draws[index]
-        self.live = [self.live[row] for row in rows]
-        if self.resumed is None:
-            self.cache.select(rows)
-        for index in gone:
-            if self.on_finish is not None:
-                self.on_finish(index, self.sequences[index])
+        if self.roster.live:
+            self.meter.ends(self.cache, self.roster, rows)
+            if self.resumed is None:
+                self.cache.select(rows)
+            self.roster.leave(rows)
 
     def _prune(self, cache: KVCache, prefilled: bool = False) -> None:
         due = self.policy.due(cache, prefilled)
         if any(due):
-            waiting = [self.cache] if self.live and cache is not self.cache else []
-            self.meter.peak(cache, *waiting)
-            owners = self.pending if prefilled else self.live
-            recorder = self.trace and self.trace.round(self.policy, cache, due, owners)
-            with recorder or nullcontext(), self.meter.round(cache, due):
+            self.meter.peak(cache, *[self.cache] if prefilled and self.roster.live else [])
+            owners = self.roster.pending if prefilled else self.roster.live
+            with self.meter.round(cache, due, owners):
                 self.policy.round(cache, due)
-
-    def interrupt(self) -> None:
-        """Ends what is live, and what never began, with what there is."""
-        self.on_finish = None
-        for one in self.sequences:
-            one.finish_reason = one.finish_reason or "interrupted"
-        if self.live:
-            self._leave([])

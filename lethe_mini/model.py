@@ -6,33 +6,15 @@ pure function of its tokens. The model knows nothing of policies: it appends key
 cache, attends over what the cache holds, and reports to it what every key received.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend, causal_mask, rope_cos_sin, rotate
+from .attention import attend, causal_mask
 from .cache import KVCache, Store, write
 from .config import ModelConfig
 from .products import Linear
-
-
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position turns each of the D/2 pairs: (D/2,) float32, RoPE scaling applied."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
-    scaling = config.rope_scaling
-    if config.rope_type == "linear":
-        return inv_freq / scaling["factor"]
-    if config.rope_type == "llama3":
-        # Wavelengths beyond the original context are stretched by `factor`, those well within it
-        # stay, and those between are interpolated.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
-    return inv_freq
+from .rope import inverse_frequencies, rope_cos_sin, rotate
 
 
 class RMSNorm(nn.Module):

@@ -3,7 +3,8 @@
 import re
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -84,12 +85,12 @@ class Result:
 class Meter:
     """Counts a run while it goes on."""
 
-    def __init__(self, engine, policy, seed: int, positions: str, sequences: int):
+    def __init__(self, engine, policy, seed: int, positions: str, sequences: int, trace=None):
         facts = {"name": policy.name, **asdict(policy)}
         dtype = str(engine.dtype).removeprefix("torch.")
         self.stats = Stats(engine.name, facts, str(engine.device), dtype, seed, positions)
         self.stats.kv_tokens_final = [[] for _ in range(sequences)]
-        self.device = engine.device
+        self.policy, self.device, self.trace = policy, engine.device, trace
         self.started = self.prefill_started = time.perf_counter()
         self.compiled = compile_seconds()
         self.tokens = self.held = self.places = 0
@@ -116,19 +117,28 @@ class Meter:
         stats.kv_allocated_peak = max(stats.kv_allocated_peak, allocated)
 
     @contextmanager
-    def round(self, cache: KVCache, due: list[bool]):
-        start, before = time.perf_counter(), cache.held
-        yield
-        self.stats.rounds += sum(due)
-        self.stats.evicted_tokens += before - cache.held
-        self.stats.prune_seconds += time.perf_counter() - start
+    def round(self, cache: KVCache, due: list[bool], owners: Sequence[int]):
+        """Around a round of pruning, where row r of the cache is sequence owners[r]."""
+        record = self.trace and self.trace.round(self.policy, cache, due, owners)
+        with record or nullcontext():
+            start, before = time.perf_counter(), cache.held
+            yield
+            self.stats.rounds += sum(due)
+            self.stats.evicted_tokens += before - cache.held
+            self.stats.prune_seconds += time.perf_counter() - start
 
-    def final(self, cache: KVCache, row: int, sequence: int) -> None:
-        """A sequence has ended."""
-        final = [layer.lengths[row] for layer in cache.layers]
-        self.stats.kv_tokens_final[sequence] = final
-        self.stats.kv_bytes_final += sum(final) * cache.token_bytes
-        self.stats.kv_bytes_full += cache.seen[row] * len(final) * cache.token_bytes
+    def ends(self, cache: KVCache, roster, going: list[int]) -> None:
+        """All rows of the cache but these have ended and are about to leave."""
+        self.peak(cache)
+        for row, sequence in enumerate(roster.live):
+            if row in going:
+                continue
+            final = [layer.lengths[row] for layer in cache.layers]
+            self.stats.kv_tokens_final[sequence] = final
+            self.stats.kv_bytes_final += sum(final) * cache.token_bytes
+            self.stats.kv_bytes_full += cache.seen[row] * len(final) * cache.token_bytes
+            if self.trace is not None:
+                self.trace.ends(sequence, cache.seen[row], roster.sequences[sequence])
 
     def close(self) -> Stats:
         stats, full = self.stats, self.stats.kv_bytes_full

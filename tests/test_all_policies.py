@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lethe_mini.attention import rope_cos_sin, rotate
 from lethe_mini.baselines import POLICIES
 from lethe_mini.cache import KVCache
 from lethe_mini.config import ModelConfig
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
 from lethe_mini.policy import FullKV, Lethe
+from lethe_mini.rope import rope_cos_sin, rotate
 
 BUDGET, SINKS, WINDOW, VOCAB = 19, 2, 5, 53
 FEW = settings(max_examples=max(5, settings.default.max_examples // 10))

@@ -16,10 +16,11 @@ from tiny import model as random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe_mini import attention
-from lethe_mini.attention import attend, received_mass, rope_cos_sin, rotate
+from lethe_mini.attention import attend, received_mass
 from lethe_mini.cache import KVCache
 from lethe_mini.engine import Engine
 from lethe_mini.policy import Lethe
+from lethe_mini.rope import rope_cos_sin, rotate
 
 SHAPES = st.tuples(
     st.sampled_from([1, 2, 3]),  # B
