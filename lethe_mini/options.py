@@ -5,15 +5,15 @@ from dataclasses import field, fields
 from .errors import UserError
 
 
-def option(default, help: str, low=None, high=None, choices=None):
-    """A dataclass field that is also a command-line option: its help, its closed range or words."""
-    return field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
-    )
+def option(default, help: str, low=None, high=None, choices=None, unbudgeted=None):
+    """A dataclass field that is also a command-line option: its help, its closed range or words,
+    and which of these make sense where there is no budget."""
+    limits = {"low": low, "high": high, "choices": choices, "unbudgeted": unbudgeted}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 def check_options(policy) -> None:
-    """Raises UserError for a value of the wrong type or out of its range."""
+    """Raises UserError for a value of the wrong type, out of its range, or that needs a budget."""
     for spec in fields(policy):
         name, meta = spec.name, spec.metadata
         value = getattr(policy, name)
@@ -27,3 +27,16 @@ def check_options(policy) -> None:
         if low is not None and value is not None and not low <= value <= (high or 1e18):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"{name} should be {span}, not {value}")
+        if policy.budget is None and value not in (meta.get("unbudgeted") or (value,)):
+            raise UserError(f"{name} {value} needs a budget; give one (--budget)")
+
+
+def check_room(budget: int | None, need: int, prompt: bool) -> None:
+    """Raises UserError if a budget is less than what is always kept, with the prompt or without."""
+    if budget is not None and budget < need:
+        kept, mend = "sinks and recent tokens", "raise --budget"
+        if prompt:
+            kept, mend = f"the prompt, {kept}", f"{mend} or use --no-protect-prompt"
+        raise UserError(
+            f"budget {budget} is too small for {kept}, always kept: {need} tokens; {mend}"
+        )

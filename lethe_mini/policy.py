@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .budget import pyramid, split_budget
 from .cache import KVCache, LayerCache
-from .errors import UserError
-from .options import check_options, option
+from .options import check_options, check_room, option
 
 # -- the paper's equations -------------------------------------------------------------------------
 
@@ -155,14 +154,7 @@ class Pruner(Policy):
         return max(self.sinks, prompt) if self.protect_prompt else self.sinks
 
     def check(self, prompt: int) -> None:
-        need = self.protected(prompt) + self.min_recent
-        if self.budget is not None and self.budget < need:
-            kept, mend = "sinks and recent tokens", "raise --budget"
-            if self.protect_prompt and prompt:
-                kept, mend = f"the prompt, {kept}", f"{mend} or use --no-protect-prompt"
-            raise UserError(
-                f"budget {self.budget} is too small for {kept}, always kept: {need} tokens; {mend}"
-            )
+        check_room(self.budget, self.protected(prompt) + self.min_recent, self.protect_prompt)
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
         return [
@@ -235,11 +227,13 @@ class Lethe(Pruner):
         "hoyer",
         "what divides the budget over layers; hoyer gives dense layers more",
         choices=("hoyer", "inverse_hoyer", "uniform", "pyramid"),
+        unbudgeted=("hoyer",),
     )
     knee: str = option(
         "global",
         "which ratio Algorithm 1 looks at for a breakpoint",
         choices=("global", "segment", "none"),
+        unbudgeted=("global", "segment"),
     )
     tau: float = option(400.0, "ratio of scores that makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
@@ -249,13 +243,6 @@ class Lethe(Pruner):
         "layer", "scores and choices per layer or per KV head", choices=("layer", "head")
     )
     value_norm: bool = option(False, "weigh a token's score by the norm of its value")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.budget is None and self.allocation != "hoyer":
-            raise UserError(f"allocation {self.allocation} divides a budget; give one (--budget)")
-        if self.budget is None and self.knee == "none":
-            raise UserError("without a breakpoint (knee none) nothing prunes; give a budget")
 
     @classmethod
     def paper(cls, **changes) -> "Lethe":

@@ -462,7 +462,7 @@ def test_an_allocation_without_a_budget_is_refused(allocation):
 
 def test_lethe_with_neither_budget_nor_knee_is_refused():
     """It would be the full cache by another name."""
-    with pytest.raises(UserError, match=r"^without a breakpoint"):
+    with pytest.raises(UserError, match=r"^knee none needs a budget"):
         Lethe(knee="none")
 
 
