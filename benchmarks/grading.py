@@ -31,6 +31,9 @@ STATED = re.compile(
 )
 
 
+TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+
+
 def boxes(text: str) -> list[tuple[int, str]]:
     r"""(place, content) of every \boxed{...} that is closed, not empty and has no other inside."""
     found, stack = [], []
@@ -72,7 +75,7 @@ def extract(kind: str, text: str, ended: bool, choices: int = 0) -> str | None:
     """
     if kind == "letter":
         return letter(text, choices, ended)
-    if kind == "gym" and (tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)):
+    if kind == "gym" and (tagged := TAGGED.findall(text)):
         return tagged[-1].strip()
     if found := boxes(text):
         content = max(found)[1]
@@ -256,5 +259,8 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: a file here must not hide a package's module
+    here = os.path.dirname(
+        os.path.abspath(__file__)
+    )  # a file here must not hide a package's module
+    sys.path = [path for path in sys.path if path != here]
     serve()

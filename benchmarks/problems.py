@@ -12,6 +12,7 @@ from grading import PACKAGES, Grader, version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lethe_mini.errors import UserError
+from lethe_mini.loader import _quiet
 
 MATH = "Please reason step by step, and put your final answer within \\boxed{}."
 LETTER = "Please reason step by step, and put the letter of your answer within \\boxed{}."
@@ -41,7 +42,8 @@ def load(task: str, limit: int | None, subjects: tuple[str, ...], seed: int) -> 
     """At most `limit` problems of the task; of each subject or each game, where it has several.
     Raises UserError."""
     if task.startswith("gym:"):
-        names = list(dict.fromkeys(filter(None, task.removeprefix("gym:").split(","))))
+        parts = (name.strip() for name in task.removeprefix("gym:").split(","))
+        names = list(dict.fromkeys(filter(None, parts)))
         problems = from_gym(names, GYM_PROBLEMS if limit is None else limit, seed)
     elif task == "mmlu":
         problems = [p for subject in subjects for p in mmlu(subject)[:limit]]
@@ -174,7 +176,8 @@ def _fetch(repository: str, name: str, what: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+        with _quiet("huggingface_hub"):
+            return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except Exception as error:  # what "no network" raises differs between releases of the client
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(

@@ -16,8 +16,8 @@ class Lines:
 
     A key holds every setting that the result depends on, so that a file may be gone on with after
     an interruption, with other settings, or with more texts. It does not know the code: after a
-    change there, begin a new file. Without a path nothing is kept. A file of something else stays as
-    it is and raises ValueError, KeyError or TypeError.
+    change there, begin a new file. Without a path nothing is kept.
+    Raises ValueError, KeyError or TypeError for a file of something else, which stays as it is.
     """
 
     def __init__(self, path: Path | None):
