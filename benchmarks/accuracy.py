@@ -25,7 +25,7 @@ cut while they repeated themselves. Tokens/s are those of decoding at this batch
 
 With --lines FILE a run that was interrupted goes on where it was. The file has every text, so that
 a newer grader grades it again, and may be shared by runs with other settings, or with more problems
-or samples. The batch size changes no text, only speed and peak memory.
+or samples (which move a budget in %). The batch size changes no text, only speed and peak memory.
 """
 
 import argparse
@@ -59,7 +59,8 @@ GENERATE = ("max_new_tokens", "temperature", "top_p", "seed", "positions")
 
 def make_cells(args: argparse.Namespace, longest: int) -> list[Cell]:
     """Every policy at every budget and protection, the full cache once and first; those whose
-    budget is a percentage have no policy yet. longest: tokens of the longest prompt."""
+    budget is a percentage have no policy yet. Where there are other budgets, `none` goes to those
+    alone that can do without. longest: tokens of the longest prompt."""
     cells = [Cell("full", "", False, FullKV())] if "full" in args.policies else []
     for budget in args.budget:
         for protect in {"no": [False], "yes": [True], "both": [False, True]}[args.protect]:
@@ -68,6 +69,8 @@ def make_cells(args: argparse.Namespace, longest: int) -> list[Cell]:
                     cells.append(Cell(choice, budget, protect, None))
                     if not budget.endswith("%"):
                         settle(cells[-1], args, None if budget == "none" else int(budget), longest)
+                    if budget == "none" and cells[-1].why and len(args.budget) > 1:
+                        cells.pop()
     return cells
 
 
@@ -259,10 +262,14 @@ class Bench:
         return {**result, **grade}
 
     def run(self, args: argparse.Namespace) -> list[dict]:
-        """A row per cell. Raises UserError if there is none that can be."""
+        """A row per cell. Raises UserError if there is nothing but the full cache that can be."""
         cells = make_cells(args, self.longest)
-        if all(cell.why for cell in cells):
-            raise UserError(cells[0].why)
+        whys = [cell.why for cell in cells if cell.choice != "full"]
+        if whys and all(whys):
+            raise UserError(f"{whys[0]}; change --budget or --protect")
+        for cell in cells:
+            if cell.why:  # said now, and in the table hours later
+                print(f"left out: {cell.choice} at {cell.budget}: {cell.why}", file=sys.stderr)
         found: list[list[list[dict]]] = []
         total = len(self.ids) * self.samples * len(cells)
         with Grader() as grader, tqdm(total=total, unit="text", disable=None, miniters=0) as bar:
@@ -469,7 +476,10 @@ def open_lines(path: Path | None) -> Lines:
 
 def run(argv: list[str] | None) -> int:
     args = arguments(argv)
-    for path in filter(None, (args.lines, args.json)):
+    files = [path for path in (args.lines, args.json) if path is not None]
+    if len({path.absolute() for path in files}) < len(files):
+        raise UserError(f"{files[0]} is named twice; give each output a file of its own")
+    for path in files:
         check_writable(path)
     lines = open_lines(args.lines)
     problems = load(args.task, args.problems, tuple(args.subjects), args.gym_seed)

@@ -68,6 +68,7 @@ def test_what_stands_in_the_last_answer_tags_goes_before_a_box():
     text = r"<answer>1</answer> <answer>" + "\nup\nleft </answer> \\boxed{3}"
     assert extract("gym", text, False) == "up\nleft"
     assert extract("gym", r"<answer>1 \boxed{3}", False) == "3"
+    assert extract("gym", "I use <answer> tags: <answer>4</answer> done </answer>", False) == "4"
 
 
 LETTERS = [
@@ -664,7 +665,7 @@ def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
     assert facts["versions"]["torch"]
     assert facts["settings"]["temperature"] == 0
     assert facts["hardware"] in out
-    assert [row["choice"] for row in facts["rows"]] == ["full", "lethe", "h2o", "lethe", "h2o"]
+    assert [row["choice"] for row in facts["rows"]] == ["full", "lethe", "h2o", "lethe"]
     full, percent = facts["rows"][:2]
     mean_length = (
         sum(
@@ -676,13 +677,22 @@ def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
     )
     assert percent["policy"]["budget"] == round(0.9 * mean_length)
     assert full["groups"].keys() == {"a", "b"}
-    assert "prunes to a budget" in facts["rows"][4]["error"]
+    assert facts["rows"][3]["policy"]["budget"] is None
     head, rule, *lines = [line for line in out.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in (head, rule, *lines[:5])} == {12}
+    assert {line.count("|") for line in (head, rule, *lines[:4])} == {12}
     assert f"| lethe | protected | 90% = {percent['policy']['budget']} |" in out
     before = (tmp_path / "l.jsonl").read_bytes()
     assert command(*argv)[:2] == (0, out)
     assert (tmp_path / "l.jsonl").read_bytes() == before
+
+
+def test_a_policy_that_cannot_be_is_named_before_and_in_the_table(command):
+    pytest.importorskip("math_verify")
+    code, out, error = command("--policies", "full", "lethe", "--budget", "3", "1%", "none")
+    assert code == 0
+    assert error.count("left out: lethe at 3: budget 3 is too small") == 1
+    assert out.count("is too small for the prompt") == 2
+    assert out.splitlines()[4].startswith("| full |")
 
 
 WRONG_COMMANDS = [
@@ -698,8 +708,11 @@ WRONG_COMMANDS = [
     (["--policies", "lethe"], "add full to --policies"),
     (["--policies", "h2o", "--budget", "none"], "prunes to a budget"),
     (["--policies", "lethe", "--budget", "3"], "budget 3 is too small for the prompt"),
+    (["--policies", "full", "h2o", "--budget", "3"], "change --budget or --protect"),
     (["--json", "/no/such/folder/x"], "cannot write /no/such/folder/x"),
     (["--lines", "/"], "cannot write /"),
+    (["--lines", "x", "--json", "./x"], "x is named twice"),
+    (["--model", "/no/such/folder"], "no such folder"),
 ]
 
 
