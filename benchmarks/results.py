@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 DRAWS = 10_000  # bootstrap samples: the ends of a 95 % interval then move by about 1 % of its width
+HEAD = b'{"key": '  # how every line begins
 
 
 class Lines:
@@ -16,6 +17,7 @@ class Lines:
     A key holds every setting that the result depends on, so that a file may be gone on with after
     an interruption, with other settings, or with more texts. It does not know the code: after a
     change there, begin a new file. Without a path nothing is kept.
+    Raises ValueError, KeyError or TypeError for a file of something else, which stays as it is.
     """
 
     def __init__(self, path: Path | None):
@@ -23,12 +25,15 @@ class Lines:
         if path is None or not path.exists():
             return
         whole = path.read_bytes()
-        ended = whole[: whole.rfind(b"\n") + 1]  # what killed us may have cut the last line short
-        if len(ended) < len(whole):
-            os.truncate(path, len(ended))
+        ended = whole[: whole.rfind(b"\n") + 1]
+        torn = whole[len(ended) :]  # what killed us may have cut the last line short
         for line in ended.decode().splitlines():
             entry = json.loads(line)
             self.found[_name(entry["key"])] = entry["result"]
+        if torn:
+            if not (torn.startswith(HEAD) or HEAD.startswith(torn)):
+                raise ValueError(f"{path} does not end in a line of results")
+            os.truncate(path, len(ended))  # only now: a file that is not ours stays as it is
 
     def get(self, key: dict) -> dict | None:
         return self.found.get(_name(key))
