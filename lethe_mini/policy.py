@@ -62,21 +62,15 @@ def find_breakpoint(
     return cuts[int(found.int().argmax())] or None
 
 
-def select(importance: Tensor, valid: Tensor, always: Tensor, extra: Tensor) -> Tensor:
-    """Marks the slots `always` and the `extra` most important others; of equals, the newer stays.
+def rank(importance: Tensor, valid: Tensor) -> Tensor:
+    """Every head's slots, the most important first; of equals the newer; empty ones last.
 
-    importance: (B, H_kv, S); valid, always: bool, (B, 1 or H_kv, S); extra: (B, 1 or H_kv) int. ->
-    bool (B, H_kv, S). What is protected is protected by the mask, never by a high score.
+    importance: (B, H_kv, S); valid: bool (B, 1, S) -> (B, H_kv, S) int64. NaN is as low as can be.
     """
-    candidates = (valid & ~always).expand_as(importance)
     lowest = torch.finfo(torch.float32).min
-    ranked = importance.float().nan_to_num(lowest).clamp(min=lowest)
-    ranked = ranked.masked_fill(~candidates, -torch.inf)
+    ranked = importance.float().nan_to_num(lowest).clamp(min=lowest).masked_fill(~valid, -torch.inf)
     # A stable sort of the flipped row puts the newer of two equals first.
-    order = ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(order.shape[-1], device=order.device) < extra[..., None]
-    chosen = torch.zeros_like(candidates).scatter(-1, order, first.expand_as(order))
-    return chosen & candidates | always
+    return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
 # -- the protocol ----------------------------------------------------------------------------------
@@ -206,11 +200,12 @@ class Pruner(Policy):
 
         # Beyond these, as many as stand out and as the share has room for: as many as the head that
         # keeps most, since all heads of a layer hold the same number.
-        top = select(importance, valid, torch.zeros_like(valid), salient)
-        least = always.sum(-1)  # (B, H_kv)
-        wanted = (always | top).sum(-1).amax(1, keepdim=True)
+        order, least = rank(importance, valid), always.sum(-1)  # (B, H_kv, S), (B, H_kv)
+        fixed = always.gather(-1, order)
+        wanted = (fixed | (slots < salient[..., None])).sum(-1).amax(1, keepdim=True)
         target = torch.minimum(share, wanted).maximum(least.amax(1, keepdim=True))
-        kept = select(importance, valid, always, target - least)
+        chosen = fixed | ((~fixed).cumsum(-1) <= (target - least)[..., None])
+        kept = always.scatter(-1, order, chosen)
         counts = target[:, 0].tolist()
         if counts != lengths:
             # True sorts first and a stable sort leaves the slots ascending.

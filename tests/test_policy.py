@@ -21,7 +21,7 @@ from lethe_mini.baselines import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, re
 from lethe_mini.budget import pyramid, split_budget
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError
-from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, select
+from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, rank
 
 PRUNERS = [policy for policy in POLICIES.values() if issubclass(policy, Pruner)]
 FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
@@ -218,34 +218,28 @@ def test_every_allocation_gives_out_the_whole_budget(name, layers, spare, held, 
 
 
 @st.composite
-def choices(draw):
-    """scores [head][slot], a length, slots that stay, how many more, slots beyond."""
+def curves(draw):
+    """scores [head][slot], and how many slots beyond are empty."""
     n, heads = draw(st.integers(1, 23)), draw(st.integers(1, 3))
     score = st.integers(-8, 8).map(float) | st.sampled_from([math.nan, math.inf, -math.inf])
-    rows = draw(st.lists(st.lists(score, min_size=n, max_size=n), min_size=heads, max_size=heads))
-    return (
-        rows,
-        draw(st.sets(st.integers(0, n - 1))),
-        draw(st.integers(0, n)),
-        draw(st.integers(0, 5)),
-    )
+    row = st.lists(score, min_size=n, max_size=n)
+    return draw(st.lists(row, min_size=heads, max_size=heads)), draw(st.integers(0, 5))
 
 
 @settings(max_examples=5 * settings.default.max_examples)
-@given(choices())
-def test_select_keeps_the_protected_and_the_best_of_the_rest(choice):
-    """Of equals the newer; protection is the mask's, so NaN or -inf cannot undo it."""
-    scores, stay, extra, beyond = choice
+@given(curves())
+def test_rank_puts_the_best_first_and_of_equals_the_newer(curve):
+    """Empty slots come last whatever stands in them."""
+    scores, beyond = curve
     n = len(scores[0])
     padded = torch.tensor([[row + [99.0] * beyond for row in scores]])
     valid = (torch.arange(n + beyond) < n)[None, None]
-    always = torch.tensor([[[slot in stay for slot in range(n + beyond)]]])
-    kept = select(padded, valid, always, torch.tensor([[extra]]))[0]
-    for row, mine in zip(scores, kept, strict=True):
+    for row, order in zip(scores, rank(padded, valid)[0].tolist(), strict=True):
         # Infinities are the greatest numbers, and NaN no better than the least.
         row = [min(max(score, -3e38), 3e38) if score == score else -3e38 for score in row]
-        rest = sorted(set(range(n)) - stay)
-        assert set(mine.nonzero()[:, 0].tolist()) == stay | oracles.best(row, extra, rest)
+        assert sorted(order) == list(range(n + beyond))
+        for first in range(n + 1):
+            assert set(order[:first]) == oracles.best(row, first, list(range(n)))
 
 
 def kept_sets(policy, seed, held):
