@@ -1,0 +1,188 @@
+"""Problems whose solution is a long chain of small steps, made from a seed and checked exactly.
+
+What a step needs is somewhere in the text: a fact of the prompt, asked for when the chain gets
+there; a result noted once, many steps ago; or what the last step left. Almost everything else in
+the chain is stale as soon as it is written. So what a cache forgets decides what is solved.
+
+- `walk`: rooms, each with a digit and two exits. A first visit reads the room's digit from the
+  prompt and leaves a note in its place; every later visit reads that note. Which exit is taken
+  depends on the sum so far, so facts are needed again and again, at times nobody can foresee.
+- `sum`: a list of numbers, added up digit by digit, one power of ten after the other. Every pass
+  goes through the whole list again, and its result waits for the end.
+- `run`: a straight program over many registers, each written once. A line reads two registers,
+  set by the prompt or any number of lines ago, and most are never read again.
+
+Texts are words between single spaces; a line of the chain is one step. A lookup is always of the
+same kind: two words that occurred together before, and what stood behind them (`C even` -> `B`).
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NUMBERS = range(200)  # the numbers that are words; those from FIRST_LABEL on also name steps
+FIRST_LABEL = 10
+ROOMS = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
+REGISTERS = [letter + digit for letter in "abcdefghijklmnop" for digit in "01234567"]
+POWERS = [f"10^{power}" for power in range(7)]
+WORDS = (
+    list(".:\n+-*=xy")
+    + ["is", "has", "even", "odd", "from", "to", "ask", "answer", "carry", "walk", "sum", "run"]
+    + [str(number) for number in NUMBERS]
+    + ROOMS
+    + REGISTERS
+    + POWERS
+)
+ANSWER = "answer"
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: (a + b) % 10,
+    "-": lambda a, b: (a - b) % 10,
+    "*": lambda a, b: (a * b) % 10,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the only right chain of steps (it ends with the answer), and the answer."""
+
+    family: str
+    size: int  # steps: rooms entered, digits added, or program lines run
+    prompt: str
+    chain: str
+    answer: str
+
+
+def problem(family: str, rng: random.Random, size: int) -> Problem:
+    """A problem of `size` steps, drawn from `rng` alone. ValueError for what cannot be made."""
+    if family not in FAMILIES:
+        raise ValueError(f"no family {family!r}; there are {', '.join(FAMILIES)}")
+    make, most = FAMILIES[family]
+    if not 4 <= size <= most:
+        raise ValueError(f"a {family} has 4 to {most} steps, not {size}")
+    prompt, chain, answer = make(rng, size)
+    answer = " ".join(map(str, answer))
+    return Problem(family, size, _text(prompt), f"{_text(chain)}\n{ANSWER} {answer}", answer)
+
+
+def check(problem: Problem, text: str) -> bool:
+    """Does a text, with whatever chain, end in the right answer?"""
+    _, found, answer = text.rpartition(ANSWER)
+    return bool(found) and answer.split() == problem.answer.split()
+
+
+def _text(words: list) -> str:
+    return " ".join(map(str, words)).replace(" \n ", "\n").removesuffix(" \n")
+
+
+def _labels(rng: random.Random, count: int) -> range:
+    """Consecutive names for steps, which begin anywhere, so that no step has a name of its own."""
+    first = rng.randint(FIRST_LABEL, NUMBERS[-1] + 1 - count)
+    return range(first, first + count)
+
+
+def _facts(rng: random.Random, facts: list[list]) -> list:
+    """Facts in no order, a full stop before each."""
+    rng.shuffle(facts)
+    return [word for fact in facts for word in (".", *fact)]
+
+
+def _walk(rng: random.Random, size: int) -> tuple[list, list, list]:
+    """Room, digit or note, the sums x and y, an exit. The longest way round of a few houses."""
+    houses = [_house(rng, size) for _ in range(8)]
+    # A small house may lead round in a circle of few steps; take the one with the most to see.
+    rooms, digits, exits, start, x, y, steps = max(houses, key=lambda house: len(set(house[-1])))
+    labels = _labels(rng, size)
+    chain, notes = [], {}
+    first_x, first_y = x, y
+    for label, (room, _, _) in zip(labels, steps, strict=True):
+        known = room in notes
+        add = notes[room] if known else digits[room]
+        chain += [label, room, "has" if known else "is", add]
+        chain += ["x", x, "+", add, "=", (x + add) % 10]
+        x = (x + add) % 10
+        chain += ["y", y, "+", x, "=", (y + x) % 10]
+        y = (y + x) % 10
+        if not known:
+            notes[room] = y
+            chain += [room, "has", y]
+        parity = "odd" if y % 2 else "even"
+        chain += [room, parity, exits[room][y % 2], "\n"]
+    asked = rng.sample(sorted(notes), 2)
+    facts = [[room, "is", digits[room]] for room in rooms]
+    facts += [[room, word, exits[room][odd]] for room in rooms for odd, word in enumerate(
+        ("even", "odd"))]  # fmt: skip
+    prompt = ["walk", labels[0], "to", labels[-1], "from", start, "x", first_x, "y", first_y]
+    prompt += [*_facts(rng, facts), ".", "ask", *asked, ":"]
+    return (
+        prompt,
+        chain,
+        ["x", x, "y", y] + [w for room in asked for w in (room, "has", notes[room])],
+    )
+
+
+def _house(rng: random.Random, size: int) -> tuple:
+    """Rooms, their digits and exits, where to start with which sums, and the steps taken there."""
+    rooms = rng.sample(ROOMS, rng.randint(min(5, size - 1), min(10, size)))
+    digits = {room: rng.randrange(10) for room in rooms}
+    exits = {room: rng.sample([other for other in rooms if other != room], 2) for room in rooms}
+    room = start = rng.choice(rooms)
+    x, y = first = rng.randrange(10), rng.randrange(10)
+    notes, steps = {}, []
+    for _ in range(size):
+        steps.append((room, x, y))
+        x = (x + notes.get(room, digits[room])) % 10
+        y = (y + x) % 10
+        notes.setdefault(room, y)
+        room = exits[room][y % 2]
+    return rooms, digits, exits, start, *first, steps
+
+
+def _sum(rng: random.Random, size: int) -> tuple[list, list, list]:
+    """Numbers of equal length, ones first; as many as make about `size` digits together."""
+    digits = rng.randint(2, max(2, min(len(POWERS) - 1, size // 4)))
+    labels = _labels(rng, max(2, round(size / digits)))
+    powers = POWERS[:digits]
+    numbers = {label: [rng.randrange(10) for _ in powers] for label in labels}
+    prompt = ["sum", labels[0], "to", labels[-1], powers[0], "to", powers[-1]]
+    for label in labels:
+        prompt += [".", label, *numbers[label]]
+    chain, results, carry = [], [], 0
+    for place, power in enumerate(powers):
+        chain += [power, "from", carry, "=", carry % 10, "carry", carry // 10, "\n"]
+        total, carry = carry % 10, carry // 10
+        for label in labels:
+            digit = numbers[label][place]
+            chain += [label, power, digit, "+", total]
+            carry, total = carry + (total + digit) // 10, (total + digit) % 10
+            chain += ["=", total, "carry", carry, "\n"]
+        chain += [power, "is", total, "\n"]
+        results += [[power, "is", total]]
+    return [*prompt, ":"], chain, ["carry", carry] + [w for one in results[::-1] for w in one]
+
+
+def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
+    """Set a few registers, then every line makes a new one of two that there are."""
+    given = rng.randint(2, 4)
+    names = rng.sample(REGISTERS, given + size)
+    values = {name: rng.randrange(10) for name in names[:given]}
+    facts = _facts(rng, [[name, "is", value] for name, value in values.items()])
+    labels = _labels(rng, size)
+    prompt, chain = ["run", labels[0], "to", labels[-1], *facts], []
+    for label, name in zip(labels, names[given:], strict=True):
+        a, b = rng.sample(sorted(values), 2)
+        word = rng.choice(list(OPERATIONS))
+        prompt += [".", label, name, "=", a, word, b]
+        values[name] = OPERATIONS[word](values[a], values[b])
+        chain += [label, name, "=", a, word, b]
+        chain += [w for one in (a, b, name) for w in (one, "is", values[one])] + ["\n"]
+    asked = rng.sample(names, 3)
+    answer = [word for name in asked for word in (name, "is", values[name])]
+    return [*prompt, ".", "ask", *asked, ":"], chain, answer
+
+
+# family -> its maker and the most steps that there are words for
+FAMILIES = {"walk": (_walk, 180), "sum": (_sum, 190), "run": (_run, 110)}
+# Steps that make a chain of at least 300 words or so and, with the prompt, at most about 1,300:
+# the lengths that the shipped model was trained on; and those beyond, up to 2,000 and more.
+TRAINED = {"walk": range(15, 53), "sum": range(30, 96), "run": range(20, 55)}
+BEYOND = {"walk": range(60, 90), "sum": range(110, 160), "run": range(60, 85)}
