@@ -13,13 +13,14 @@ the chain is stale as soon as it is written. So what a cache forgets decides wha
   set by the prompt or any number of lines ago, and most are never read again.
 
 Texts are words between single spaces; a line of the chain is one step. A lookup is always of the
-same kind: two words that occurred together before, and what stood behind them (`C even` -> `B`).
+same kind: a name that stood somewhere before, and what came right behind it (`even C` -> `B`).
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+FAMILY_NAMES = ("walk", "sum", "run")
 NUMBERS = range(200)  # the numbers that are words; those from FIRST_LABEL on also name steps
 FIRST_LABEL = 10
 ROOMS = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
@@ -27,7 +28,8 @@ REGISTERS = [letter + digit for letter in "abcdefghijklmnop" for digit in "01234
 POWERS = [f"10^{power}" for power in range(7)]
 WORDS = (
     list(".:\n+-*=xy")
-    + ["is", "has", "even", "odd", "from", "to", "ask", "answer", "carry", "walk", "sum", "run"]
+    + ["digit", "note", "even", "odd", "from", "to", "ask", "answer", "carry", "total"]
+    + list(FAMILY_NAMES)
     + [str(number) for number in NUMBERS]
     + ROOMS
     + REGISTERS
@@ -97,26 +99,26 @@ def _walk(rng: random.Random, size: int) -> tuple[list, list, list]:
     for label, (room, _, _) in zip(labels, steps, strict=True):
         known = room in notes
         add = notes[room] if known else digits[room]
-        chain += [label, room, "has" if known else "is", add]
+        chain += [label, "note" if known else "digit", room, add]
         chain += ["x", x, "+", add, "=", (x + add) % 10]
         x = (x + add) % 10
         chain += ["y", y, "+", x, "=", (y + x) % 10]
         y = (y + x) % 10
         if not known:
             notes[room] = y
-            chain += [room, "has", y]
+            chain += ["note", room, y]
         parity = "odd" if y % 2 else "even"
-        chain += [room, parity, exits[room][y % 2], "\n"]
+        chain += [parity, room, exits[room][y % 2], "\n"]
     asked = rng.sample(sorted(notes), 2)
-    facts = [[room, "is", digits[room]] for room in rooms]
-    facts += [[room, word, exits[room][odd]] for room in rooms for odd, word in enumerate(
+    facts = [["digit", room, digits[room]] for room in rooms]
+    facts += [[word, room, exits[room][odd]] for room in rooms for odd, word in enumerate(
         ("even", "odd"))]  # fmt: skip
     prompt = ["walk", labels[0], "to", labels[-1], "from", start, "x", first_x, "y", first_y]
     prompt += [*_facts(rng, facts), ".", "ask", *asked, ":"]
     return (
         prompt,
         chain,
-        ["x", x, "y", y] + [w for room in asked for w in (room, "has", notes[room])],
+        ["x", x, "y", y] + [w for room in asked for w in ("note", room, notes[room])],
     )
 
 
@@ -155,8 +157,8 @@ def _sum(rng: random.Random, size: int) -> tuple[list, list, list]:
             chain += [label, power, digit, "+", total]
             carry, total = carry + (total + digit) // 10, (total + digit) % 10
             chain += ["=", total, "carry", carry, "\n"]
-        chain += [power, "is", total, "\n"]
-        results += [[power, "is", total]]
+        chain += ["total", power, total, "\n"]
+        results += [["total", power, total]]
     return [*prompt, ":"], chain, ["carry", carry] + [w for one in results[::-1] for w in one]
 
 
@@ -165,7 +167,7 @@ def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
     given = rng.randint(2, 4)
     names = rng.sample(REGISTERS, given + size)
     values = {name: rng.randrange(10) for name in names[:given]}
-    facts = _facts(rng, [[name, "is", value] for name, value in values.items()])
+    facts = _facts(rng, [[name, value] for name, value in values.items()])
     labels = _labels(rng, size)
     prompt, chain = ["run", labels[0], "to", labels[-1], *facts], []
     for label, name in zip(labels, names[given:], strict=True):
@@ -173,16 +175,16 @@ def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
         word = rng.choice(list(OPERATIONS))
         prompt += [".", label, name, "=", a, word, b]
         values[name] = OPERATIONS[word](values[a], values[b])
-        chain += [label, name, "=", a, word, b]
-        chain += [w for one in (a, b, name) for w in (one, "is", values[one])] + ["\n"]
+        chain += [label, name, "=", a, word, b, ":"]
+        chain += [w for one in (a, b, name) for w in (one, values[one])] + ["\n"]
     asked = rng.sample(names, 3)
-    answer = [word for name in asked for word in (name, "is", values[name])]
+    answer = [word for name in asked for word in (name, values[name])]
     return [*prompt, ".", "ask", *asked, ":"], chain, answer
 
 
 # family -> its maker and the most steps that there are words for
 FAMILIES = {"walk": (_walk, 180), "sum": (_sum, 190), "run": (_run, 110)}
-# Steps that make a chain of at least 300 words or so and, with the prompt, at most about 1,300:
+# Steps that make a chain of at least 300 words and, together with the prompt, at most 1,300:
 # the lengths that the shipped model was trained on; and those beyond, up to 2,000 and more.
-TRAINED = {"walk": range(15, 53), "sum": range(30, 96), "run": range(20, 55)}
-BEYOND = {"walk": range(60, 90), "sum": range(110, 160), "run": range(60, 85)}
+TRAINED = {"walk": range(15, 56), "sum": range(30, 100), "run": range(22, 60)}
+BEYOND = {"walk": range(65, 90), "sum": range(115, 160), "run": range(68, 95)}

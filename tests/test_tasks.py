@@ -28,26 +28,28 @@ def solve_walk(text):
     first, last, room, x, y = re.match(
         r"walk (\d+) to (\d+) from (\w) x (\d) y (\d) \.", text
     ).groups()
-    digits = {name: int(digit) for name, digit in re.findall(r"(\w) is (\d)", text)}
-    exits = {(name, odd): to for name, odd, to in re.findall(r"(\w) (odd|even) (\w)", text)}
+    digits = {name: int(digit) for name, digit in re.findall(r"digit (\w) (\d)", text)}
+    exits = {(name, odd): to for odd, name, to in re.findall(r"(odd|even) (\w) (\w)", text)}
     assert len(digits) * 2 == len(exits)
     x, y, notes, lines = int(x), int(y), {}, []
     for label in range(int(first), int(last) + 1):
         new = room not in notes
         add = digits[room] if new else notes[room]
-        line = f"{label} {room} {'is' if new else 'has'} {add} x {x} + {add} = {(x + add) % 10} "
+        line = (
+            f"{label} {'digit' if new else 'note'} {room} {add} x {x} + {add} = {(x + add) % 10} "
+        )
         x = (x + add) % 10
         line += f"y {y} + {x} = {(x + y) % 10} "
         y = (x + y) % 10
         if new:
             notes[room] = y
-            line += f"{room} has {y} "
+            line += f"note {room} {y} "
         odd = ["even", "odd"][y % 2]
-        lines.append(f"{line}{room} {odd} {exits[room, odd]}")
+        lines.append(f"{line}{odd} {room} {exits[room, odd]}")
         room = exits[room, odd]
     a, b = re.search(r"ask (\w) (\w) :$", text).groups()
     assert a != b
-    lines.append(f"answer x {x} y {y} {a} has {notes[a]} {b} has {notes[b]}")
+    lines.append(f"answer x {x} y {y} note {a} {notes[a]} note {b} {notes[b]}")
     return lines
 
 
@@ -68,29 +70,29 @@ def solve_sum(text):
             lines.append(
                 f"{label} {power} {digit} + {before % 10} = {count % 10} carry {count // 10}"
             )
-        lines.append(f"{power} is {count % 10}")
+        lines.append(f"total {power} {count % 10}")
         count //= 10
     total = total.zfill(int(places) + 2)
     cut = len(total) - int(places) - 1
     answer = [f"answer carry {int(total[:cut])}"]
-    answer += [f"10^{int(places) - i} is {digit}" for i, digit in enumerate(total[cut:])]
+    answer += [f"total 10^{int(places) - i} {digit}" for i, digit in enumerate(total[cut:])]
     return [*lines, " ".join(answer)]
 
 
 def solve_run(text):
     first, last = re.match(r"run (\d+) to (\d+) \.", text).groups()
-    values = {name: int(digit) for name, digit in re.findall(r"(\w\d) is (\d)", text)}
+    values = {name: int(digit) for name, digit in re.findall(r"\. (\w\d) (\d)", text)}
     program = re.findall(r"(\d+) (\w\d) = (\w\d) ([-+*]) (\w\d)", text)
     assert [int(line[0]) for line in program] == list(range(int(first), int(last) + 1))
     lines = []
     for label, name, a, sign, b in program:
         assert name not in values
         values[name] = eval(f"{values[a]} {sign} {values[b]}") % 10
-        reads = f"{a} is {values[a]} {b} is {values[b]} {name} is {values[name]}"
-        lines.append(f"{label} {name} = {a} {sign} {b} {reads}")
+        reads = f"{a} {values[a]} {b} {values[b]} {name} {values[name]}"
+        lines.append(f"{label} {name} = {a} {sign} {b} : {reads}")
     asked = text.removesuffix(" :").rpartition("ask ")[2].split()
     assert len(set(asked)) == 3
-    return [*lines, "answer " + " ".join(f"{name} is {values[name]}" for name in asked)]
+    return [*lines, "answer " + " ".join(f"{name} {values[name]}" for name in asked)]
 
 
 SOLVERS = {"walk": solve_walk, "sum": solve_sum, "run": solve_run}
@@ -124,9 +126,9 @@ def test_sizes_trained_on_make_chains_of_300_words_to_1300_with_the_prompt():
     for family, sizes in TRAINED.items():
         for seed in range(20):
             short, long = (problem(family, random.Random(seed), sizes[i]) for i in (0, -1))
-            assert 270 <= len(short.chain.replace("\n", " \n ").split(" ")) <= 480
+            assert 300 <= len(short.chain.replace("\n", " \n ").split(" ")) <= 480
             long_words = f"{long.prompt} {long.chain}".replace("\n", " \n ").split(" ")
-            assert 1050 <= len(long_words) <= 1330
+            assert 1150 <= len(long_words) <= 1300
         assert BEYOND[family][0] > sizes[-1]
         assert BEYOND[family][-1] <= FAMILIES[family][1]
 
@@ -140,10 +142,10 @@ def test_one_wrong_digit_at_the_end_is_wrong(one, digit):
 
 
 def test_only_the_answer_counts_and_the_last_one_at_that():
-    one = Problem("sum", 4, "?", "...", "carry 1 10^0 is 3")
-    assert check(one, "nonsense\nanswer carry 1 10^0 is 3 ")
-    assert check(one, "answer 7\nanswer carry 1 10^0 is 3")
-    assert not check(one, "answer carry 1 10^0 is 3\nanswer 7")
+    one = Problem("sum", 4, "?", "...", "carry 1 total 10^0 3")
+    assert check(one, "nonsense\nanswer carry 1 total 10^0 3 ")
+    assert check(one, "answer 7\nanswer carry 1 total 10^0 3")
+    assert not check(one, "answer carry 1 total 10^0 3\nanswer 7")
     assert not check(one, "")
 
 
