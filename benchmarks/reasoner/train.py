@@ -27,9 +27,10 @@ from torch import Tensor
 
 from lethe_mini.config import ModelConfig
 from lethe_mini.model import Transformer
-from lethe_mini.tasks import FAMILIES, WORDS, problem
+from lethe_mini.tasks import FAMILIES, REGISTERS, ROOMS, WORDS, problem
 
 END = "<eos>"
+IGNORED = -100
 IDS = {word: index for index, word in enumerate([END, *WORDS])}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,7 +45,8 @@ CONFIG = {
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
+    "rope_theta": 500000.0,
+    "attention_bias": True,
     "tie_word_embeddings": True,
     "eos_token_id": IDS[END],
     "dtype": "float32",
@@ -59,29 +61,59 @@ def encode(text: str) -> list[int]:
     return [IDS[word] for word in text.replace("\n", " \n ").split(" ")]
 
 
+def recall(rng: random.Random, length: float) -> tuple[list[int], list[int], list[int]]:
+    """Facts as the families have them, then all of them again in another order, and again.
+
+    A chain asks for a fact every ten words or so, and a model that cannot look anything up yet
+    learns little from it. Here every second or third word is a lookup; only those count.
+    """
+    most = rng.randint(3, max(4, int(length / 9)))  # of few facts each is found by chance at first
+    if rng.random() < 0.5:
+        names = rng.sample(ROOMS, max(2, most // 3))
+        facts = [
+            [kind, name, rng.choice("0123456789")] for kind in ("digit", "note") for name in names
+        ]
+        facts += [[kind, name, rng.choice(ROOMS)] for kind in ("even", "odd") for name in names]
+        facts = rng.sample(facts, most)
+    else:
+        facts = [[name, rng.choice("0123456789")] for name in rng.sample(REGISTERS, most)]
+    prompt = [word for fact in facts for word in (".", *fact)] + [":"]
+    chain, targets = [], []
+    while len(prompt) + len(chain) < length:
+        rng.shuffle(facts)
+        for *key, found in facts:
+            chain += [IDS[word] for word in (*key, found)]
+            targets += [IGNORED] * len(key) + [IDS[found]]
+    return [IDS[word] for word in prompt], chain, targets
+
+
 def draw(rng: random.Random, families: dict[str, float], longest: float, tokens: int) -> list:
-    """About `tokens` words of problems of about one length: (family, prompt ids, chain ids)."""
+    """About `tokens` words of problems of about one length: (family, prompt, chain, targets)."""
     least = max(SHORTEST, longest / 8)
     length = math.exp(rng.uniform(math.log(least), math.log(longest)))
     rows = []
     for _ in range(max(4, int(tokens / length))):
         family = rng.choices(list(families), list(families.values()))[0]
+        if family == "recall":
+            rows.append((family, *recall(rng, length)))
+            continue
         fixed, each = WORDS_TAKEN[family]
         size = max(4, round((length - fixed) / each * rng.uniform(0.8, 1)))
         one = problem(family, rng, min(size, FAMILIES[family][1]))
-        rows.append((family, encode(one.prompt), [*encode(one.chain), IDS[END]]))
+        chain = [*encode(one.chain), IDS[END]]
+        rows.append((family, encode(one.prompt), chain, chain))
     return rows
 
 
 def collate(rows: list) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T); the target is -100 where there is nothing to learn."""
-    longest = max(len(prompt) + len(chain) for _, prompt, chain in rows) - 1
+    """Inputs and targets (B, T); the target is IGNORED where there is nothing to learn."""
+    longest = max(len(prompt) + len(chain) for _, prompt, chain, _ in rows) - 1
     shape = len(rows), -(-longest // 32) * 32
-    inputs, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    for row, (_, prompt, chain) in enumerate(rows):
+    inputs, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    for row, (_, prompt, chain, learned) in enumerate(rows):
         ids, end = prompt + chain, len(prompt) + len(chain) - 1
         inputs[row, :end] = torch.tensor(ids[:-1])
-        targets[row, len(prompt) - 1 : end] = torch.tensor(chain)
+        targets[row, len(prompt) - 1 : end] = torch.tensor(learned)
     return inputs, targets
 
 
@@ -97,18 +129,71 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, want_mass=False) -> tuple
 
 
 def build(seed: int) -> Transformer:
-    """A model that knows nothing yet."""
+    """A model that knows nothing yet, but in which the first two layers can look things up.
+
+    To find what stood behind a word, one layer has to know what stood before each, and the next to
+    compare that with the word at hand. Neither is of use without the other, and small models spend
+    most of their training on finding both at once, by chance. Here both are there, roughly.
+    """
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(CONFIG))
     model.init_rope("cpu")
     for name, weight in model.named_parameters():
-        if weight.dim() == 2:
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(weight)
+        elif weight.dim() == 2:
             into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
-            spread = weight.shape[1] ** -0.5 * (0.5 if into_stream else 1.0)
-            torch.nn.init.normal_(weight, std=0.02 if "embed" in name else spread)
+            spread = weight.shape[1] ** -0.5 * (0.2 if into_stream else 1.0)
+            torch.nn.init.normal_(weight, std=0.1 if "embed" in name else spread)
+    look_back(model)
+    look_up(model)
     for block in model.layers:
         block.attend = attend
     return model
+
+
+D, SLOW = CONFIG["head_dim"], CONFIG["head_dim"] // 4  # the slower half of the pairs turn by less
+GROUP = CONFIG["num_attention_heads"] // CONFIG["num_key_value_heads"]  # than 2 in 1,300 words
+
+
+@torch.no_grad()
+def look_back(model: Transformer, strength: float = 6.5) -> None:
+    """Biases in layer 0: query head n of group 0 sees the word n + 1 back, whatever it is.
+
+    A key of the same angle everywhere, and a query turned back by n + 1 positions: their product
+    is largest where RoPE has turned the two apart by just that.
+    """
+    first = model.layers[0].self_attn
+    first.k_proj.weight[:D] *= 0.1  # whatever the words are
+    first.q_proj.weight[: GROUP * D] *= 0.1
+    first.k_proj.bias[:SLOW] = strength  # of the pairs (i, i + D/2) those that turn fast
+    for head in range(GROUP):
+        angle = -(head + 1) * model.inv_freq[:SLOW]
+        first.q_proj.bias[head * D :][:SLOW] = strength * angle.cos()
+        first.q_proj.bias[head * D + D // 2 :][:SLOW] = strength * angle.sin()
+
+
+@torch.no_grad()
+def look_up(model: Transformer, written: float = 0.3) -> None:
+    """Layer 1 compares: group 0 the word at hand with what stood before each word, group 1 the word
+    before it with what stood two before. Both along directions that no other part writes to."""
+    first, second = (model.layers[index].self_attn for index in (0, 1))
+    axes = torch.linalg.qr(torch.randn(CONFIG["hidden_size"], (GROUP + 1) * D))[0].T
+    word, *back = axes.split(D)  # where a word is read; where the ones before it are written
+    first.v_proj.weight[:D] = word
+    for head in range(GROUP):
+        first.o_proj.weight[:, head * D : (head + 1) * D] = written * back[head].T
+    first.o_proj.weight[:, GROUP * D :] *= 0.2  # the rest of the layer is to be quiet at first
+    model.layers[0].mlp.down_proj.weight *= 0.2
+    # Only pairs that RoPE hardly turns compare the same near and far.
+    slow = torch.cat((torch.arange(SLOW, D // 2), torch.arange(D // 2 + SLOW, D)))
+    used = slow.numel()
+    # The word itself is fainter in the stream than what attention wrote there.
+    pairs = (word, back[0], 5.0), (back[0], back[1], 2.0)
+    for group, (wanted, held, strength) in enumerate(pairs):
+        second.k_proj.weight[group * D + slow] = held[:used]
+        for head in range(group * GROUP, (group + 1) * GROUP):
+            second.q_proj.weight[head * D + slow] = strength * wanted[:used]
 
 
 def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
@@ -163,13 +248,15 @@ class Run:
 def train(run: Run, args: argparse.Namespace) -> None:
     forward = torch.compile(run.model, dynamic=True) if args.compile else run.model
     families = dict(zip(FAMILIES, args.weights, strict=True))
-    counts = {family: [0, 0, 0, 0] for family in families}  # words right, words, texts right, texts
+    # words right, words, texts all right, texts
+    counts = {family: [0, 0, 0, 0] for family in (*families, "recall")}
     while run.step < args.steps:
         started = time.process_time()
         run.step += 1
         rng = random.Random(f"train-{run.seed}-{run.step}")
         tokens = min(args.tokens, max(2048, int(run.longest * 14)))
-        rows = draw(rng, families, run.longest, tokens)
+        share = max(0.05, 0.3 - run.step / 1000) * sum(families.values())
+        rows = draw(rng, {**families, "recall": share}, run.longest, tokens)
         inputs, targets = collate(rows)
         # Warm up, stay, then fall to zero over the last steps: these may be decided late.
         rate = min(1.0, run.step / 100, (args.steps - run.step + 1) / args.decay)
@@ -178,7 +265,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
                 group["lr"] = full * rate
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         for optimizer in run.optimizers:
@@ -196,12 +283,12 @@ def train(run: Run, args: argparse.Namespace) -> None:
         if len(run.recent) == PATIENCE and sum(run.recent) / PATIENCE >= MASTERED:
             run.longest = min(LONGEST, run.longest * 1.1)
             run.recent.clear()
-        run.tokens += sum(len(prompt) + len(chain) for _, prompt, chain in rows)
+        run.tokens += sum(len(prompt) + len(chain) for _, prompt, chain, _ in rows)
         run.seconds += time.process_time() - started
         if run.step % args.every == 0 or run.step == args.steps:
             run.save()
             note(run, loss.item(), rate, counts)
-            counts = {family: [0, 0, 0, 0] for family in families}
+            counts = {family: [0, 0, 0, 0] for family in counts}
 
 
 def note(run: Run, loss: float, rate: float, counts: dict[str, list[int]]) -> None:
