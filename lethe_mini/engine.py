@@ -46,8 +46,9 @@ class Engine:
         revision: str | None = None,
         compile: bool = False,
     ) -> "Engine":
-        """model: a folder, a hub id or "demo"; compile: through torch.compile, which takes a minute
-        once and needs a C++ compiler on a CPU. Raises UserError for what cannot be loaded."""
+        """model: a folder, a hub id, "reasoner" or "demo"; compile: through torch.compile, which
+        takes a minute once and needs a C++ compiler on a CPU. Raises UserError for what cannot be
+        loaded."""
         device = pick_device(device)
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype should be auto, {', '.join(DTYPES)}, not {dtype!r}")

@@ -6,7 +6,7 @@
 Problems come from lethe_mini/tasks.py; those of a step follow from the seed and the step's number
 alone, so a run that was stopped goes on exactly as it would have. Nothing is ever seen twice. The
 loss is taken on the chain, never on the prompt. Texts begin short, where looking things up is
-learned at once or not at all, and grow by a tenth whenever the chain's words are 99 % right.
+learned at once or not at all, and grow by a quarter whenever 98 % of the words are right.
 Evaluation draws from other seeds (evaluate.py).
 """
 
@@ -54,7 +54,7 @@ CONFIG = {
 # Words of prompt and chain that a family takes at least, and for each step: about.
 WORDS_TAKEN = {"walk": (60, 23.0), "sum": (14, 12.5), "run": (20, 21.0)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
-MASTERED, PATIENCE = 0.99, 20  # texts grow once so many steps in a row were so right, on average
+MASTERED, PATIENCE = 0.98, 20  # texts grow once so many steps in a row were so right, on average
 
 
 def encode(text: str) -> list[int]:
@@ -281,7 +281,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
             counts[family] = [a + b for a, b in zip(counts[family], [*found, 1], strict=True)]
         run.recent.append(right.sum().item() / words.sum().item())
         if len(run.recent) == PATIENCE and sum(run.recent) / PATIENCE >= MASTERED:
-            run.longest = min(LONGEST, run.longest * 1.1)
+            run.longest = min(LONGEST, run.longest * 1.25)
             run.recent.clear()
         run.tokens += sum(len(prompt) + len(chain) for _, prompt, chain, _ in rows)
         run.seconds += time.process_time() - started

@@ -1,0 +1,63 @@
+"""The reasoner that ships with the package: a checkpoint like any other, and it solves problems."""
+
+import random
+
+import pytest
+
+from lethe_mini import Engine, Lethe
+from lethe_mini.loader import resolve
+from lethe_mini.tasks import FAMILIES, TRAINED, WORDS, check, problem
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("reasoner", device="cpu")
+
+
+def problems(family, count):
+    """Of the shorter half of what it was trained on; seeds that training never uses."""
+    sizes = TRAINED[family][: len(TRAINED[family]) // 2]
+    drawn = (random.Random(f"test-{family}-{number}") for number in range(count))
+    return [problem(family, rng, rng.choice(sizes)) for rng in drawn]
+
+
+def solve(engine, given, policy=None):
+    limits = [len(engine.text.encode(one.chain)) + 50 for one in given]
+    return engine.generate([one.prompt for one in given], policy, limits)
+
+
+def test_it_is_small_and_holds_safetensors_and_json_alone():
+    files = {path.name: path.stat().st_size for path in resolve("reasoner").iterdir()}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files) == names
+    assert sum(files.values()) <= 12_000_000
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_it_solves_unseen_problems(engine, family):
+    given = problems(family, 20)
+    made = solve(engine, given).sequences
+    assert sum(check(one, its.text) for one, its in zip(given, made, strict=True)) >= 18
+    # and by the steps that lead there: nobody guesses an answer
+    assert sum(one.chain == its.text for one, its in zip(given, made, strict=True)) >= 18
+
+
+def test_a_budget_above_the_text_changes_no_token(engine):
+    given = [problems(family, 1)[0] for family in sorted(FAMILIES)]
+    full = solve(engine, given)
+    pruned = solve(engine, given, Lethe(budget=4000, interval=16))
+    for one, other in zip(full.sequences, pruned.sequences, strict=True):
+        assert one.token_ids == other.token_ids
+    assert pruned.stats.evicted_tokens == 0
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_word_is_a_token_and_texts_come_back_whole(engine, family):
+    one = problem(family, random.Random(7), 30)
+    for text in (one.prompt, one.chain):
+        ids = engine.text.encode(text)
+        assert len(ids) == len(text.replace("\n", " \n ").split(" "))
+        assert engine.text.decode(ids) == text
+        stream = engine.text.stream()
+        assert "".join(map(stream.push, ids)) + stream.flush() == text
+    assert engine.model.config.vocab_size == len(WORDS) + 1
