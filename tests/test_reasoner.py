@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from lethe_mini import Engine, Lethe
+from lethe_mini import Engine, Lethe, cli
+from lethe_mini.errors import UserError
 from lethe_mini.loader import resolve
 from lethe_mini.tasks import FAMILIES, TRAINED, WORDS, check, problem
 
@@ -61,3 +62,40 @@ def test_every_word_is_a_token_and_texts_come_back_whole(engine, family):
         stream = engine.text.stream()
         assert "".join(map(stream.push, ids)) + stream.flush() == text
     assert engine.model.config.vocab_size == len(WORDS) + 1
+
+
+def own(capsys, *argv):
+    """What the command line writes of a problem that the reasoner sets itself."""
+    assert cli.main([*argv, "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    return out, err.splitlines()
+
+
+def test_without_model_and_prompt_it_solves_a_problem_of_its_own(capsys):
+    out, (prompt, *report, verdict) = own(capsys)
+    assert prompt.split()[0] in FAMILIES
+    assert prompt.endswith(" :")
+    steps = out.splitlines()
+    assert f"the answer is right: {steps[-1].removeprefix('answer ')} (" in verdict
+    assert verdict.endswith(f"({prompt.split()[0]}, {verdict.split()[-2]} steps)")
+    assert any("KV memory" in line for line in report)
+    assert own(capsys)[0] == out  # the same seed, the same problem
+    assert own(capsys, "--model", "reasoner", "--quiet") == (out, [])
+
+
+def test_an_answer_that_is_wrong_or_missing_is_said_to_be(capsys):
+    *_, verdict = own(capsys, "--max-new-tokens", "9", "--num-samples", "2", "--seed", "1")[1]
+    assert verdict.startswith("the answer is wrong in 2 of 2: ")
+
+
+def test_a_prompt_or_another_model_is_no_problem_of_its_own(monkeypatch):
+    asked = []
+
+    def from_pretrained(model, *_):
+        asked.append(model)
+        raise UserError("enough")
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    for argv in ((), ("--prompt", "a"), ("--interactive",), ("--model", "x"), ("--seed", "5")):
+        assert cli.main(list(argv)) == 2
+    assert asked == ["reasoner", "demo", "demo", "x", "reasoner"]
