@@ -99,7 +99,7 @@ def _walk(rng: random.Random, size: int) -> tuple[list, list, list]:
     for label, (room, _, _) in zip(labels, steps, strict=True):
         known = room in notes
         add = notes[room] if known else digits[room]
-        chain += [label, "note" if known else "digit", room, add]
+        chain += [label, room, "note" if known else "digit", room, add]
         chain += ["x", x, "+", add, "=", (x + add) % 10]
         x = (x + add) % 10
         chain += ["y", y, "+", x, "=", (y + x) % 10]
@@ -176,7 +176,7 @@ def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
         prompt += [".", label, name, "=", a, word, b]
         values[name] = OPERATIONS[word](values[a], values[b])
         chain += [label, name, "=", a, word, b, ":"]
-        chain += [w for one in (a, b, name) for w in (one, values[one])] + ["\n"]
+        chain += [a, values[a], word, b, values[b], "=", name, values[name], "\n"]
     asked = rng.sample(names, 3)
     answer = [word for name in asked for word in (name, values[name])]
     return [*prompt, ".", "ask", *asked, ":"], chain, answer
@@ -186,5 +186,5 @@ def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
 FAMILIES = {"walk": (_walk, 180), "sum": (_sum, 190), "run": (_run, 110)}
 # Steps that make a chain of at least 300 words and, together with the prompt, at most 1,300:
 # the lengths that the shipped model was trained on; and those beyond, up to 2,000 and more.
-TRAINED = {"walk": range(15, 56), "sum": range(30, 100), "run": range(22, 60)}
-BEYOND = {"walk": range(65, 90), "sum": range(115, 160), "run": range(68, 95)}
+TRAINED = {"walk": range(15, 54), "sum": range(30, 100), "run": range(20, 56)}
+BEYOND = {"walk": range(62, 90), "sum": range(115, 160), "run": range(62, 85)}

@@ -35,9 +35,8 @@ def solve_walk(text):
     for label in range(int(first), int(last) + 1):
         new = room not in notes
         add = digits[room] if new else notes[room]
-        line = (
-            f"{label} {'digit' if new else 'note'} {room} {add} x {x} + {add} = {(x + add) % 10} "
-        )
+        line = f"{label} {room} {'digit' if new else 'note'} {room} {add} "
+        line += f"x {x} + {add} = {(x + add) % 10} "
         x = (x + add) % 10
         line += f"y {y} + {x} = {(x + y) % 10} "
         y = (x + y) % 10
@@ -88,7 +87,7 @@ def solve_run(text):
     for label, name, a, sign, b in program:
         assert name not in values
         values[name] = eval(f"{values[a]} {sign} {values[b]}") % 10
-        reads = f"{a} {values[a]} {b} {values[b]} {name} {values[name]}"
+        reads = f"{a} {values[a]} {sign} {b} {values[b]} = {name} {values[name]}"
         lines.append(f"{label} {name} = {a} {sign} {b} : {reads}")
     asked = text.removesuffix(" :").rpartition("ask ")[2].split()
     assert len(set(asked)) == 3

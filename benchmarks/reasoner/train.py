@@ -52,7 +52,7 @@ CONFIG = {
     "dtype": "float32",
 }
 # Words of prompt and chain that a family takes at least, and for each step: about.
-WORDS_TAKEN = {"walk": (60, 23.0), "sum": (14, 12.5), "run": (20, 21.0)}
+WORDS_TAKEN = {"walk": (60, 24.0), "sum": (14, 12.5), "run": (20, 23.0)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
 MASTERED, PATIENCE = 0.98, 20  # texts grow once so many steps in a row were so right, on average
 
@@ -356,7 +356,7 @@ def main() -> None:
     add("--steps", type=int, default=9000, help="default: %(default)s")
     add("--decay", type=int, default=2000, help="last steps, of falling rate (%(default)s)")
     add("--tokens", type=int, default=8192, help="most words of a step (default: %(default)s)")
-    add("--weights", type=float, nargs=len(FAMILIES), default=[1.0] * len(FAMILIES),
+    add("--weights", type=float, nargs=len(FAMILIES), default=[1.0, 0.7, 1.0],
         help=f"shares of {', '.join(FAMILIES)} among the texts")  # fmt: skip
     add("--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile: a quarter faster")
