@@ -176,7 +176,8 @@ def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
         prompt += [".", label, name, "=", a, word, b]
         values[name] = OPERATIONS[word](values[a], values[b])
         chain += [label, name, "=", a, word, b, ":"]
-        chain += [a, values[a], word, b, values[b], "=", name, values[name], "\n"]
+        chain += [a, values[a], b, values[b], ":", values[a], word, values[b]]
+        chain += ["=", values[name], name, values[name], "\n"]
     asked = rng.sample(names, 3)
     answer = [word for name in asked for word in (name, values[name])]
     return [*prompt, ".", "ask", *asked, ":"], chain, answer
@@ -186,5 +187,5 @@ def _run(rng: random.Random, size: int) -> tuple[list, list, list]:
 FAMILIES = {"walk": (_walk, 180), "sum": (_sum, 190), "run": (_run, 110)}
 # Steps that make a chain of at least 300 words and, together with the prompt, at most 1,300:
 # the lengths that the shipped model was trained on; and those beyond, up to 2,000 and more.
-TRAINED = {"walk": range(15, 54), "sum": range(30, 100), "run": range(20, 56)}
-BEYOND = {"walk": range(62, 90), "sum": range(115, 160), "run": range(62, 85)}
+TRAINED = {"walk": range(15, 54), "sum": range(30, 100), "run": range(16, 47)}
+BEYOND = {"walk": range(62, 90), "sum": range(115, 160), "run": range(53, 73)}

@@ -87,8 +87,9 @@ def solve_run(text):
     for label, name, a, sign, b in program:
         assert name not in values
         values[name] = eval(f"{values[a]} {sign} {values[b]}") % 10
-        reads = f"{a} {values[a]} {sign} {b} {values[b]} = {name} {values[name]}"
-        lines.append(f"{label} {name} = {a} {sign} {b} : {reads}")
+        reads = f"{a} {values[a]} {b} {values[b]}"
+        done = f"{values[a]} {sign} {values[b]} = {values[name]} {name} {values[name]}"
+        lines.append(f"{label} {name} = {a} {sign} {b} : {reads} : {done}")
     asked = text.removesuffix(" :").rpartition("ask ")[2].split()
     assert len(set(asked)) == 3
     return [*lines, "answer " + " ".join(f"{name} {values[name]}" for name in asked)]

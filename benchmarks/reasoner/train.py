@@ -52,7 +52,7 @@ CONFIG = {
     "dtype": "float32",
 }
 # Words of prompt and chain that a family takes at least, and for each step: about.
-WORDS_TAKEN = {"walk": (60, 24.0), "sum": (14, 12.5), "run": (20, 23.0)}
+WORDS_TAKEN = {"walk": (60, 24.0), "sum": (14, 12.5), "run": (20, 27.0)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
 MASTERED, PATIENCE = 0.98, 20  # texts grow once so many steps in a row were so right, on average
 
