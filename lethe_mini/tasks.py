@@ -25,7 +25,7 @@ NUMBERS = range(200)  # the numbers that are words; those from FIRST_LABEL on al
 FIRST_LABEL = 10
 ROOMS = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
 REGISTERS = [letter + digit for letter in "abcdefghijklmnop" for digit in "01234567"]
-POWERS = [f"10^{power}" for power in range(7)]
+POWERS = [f"10^{power}" for power in range(4)]
 WORDS = (
     list(".:\n+-*=xy")
     + ["digit", "note", "even", "odd", "from", "to", "ask", "answer", "carry", "total"]
@@ -141,7 +141,7 @@ def _house(rng: random.Random, size: int) -> tuple:
 
 def _sum(rng: random.Random, size: int) -> tuple[list, list, list]:
     """Numbers of equal length, ones first; as many as make about `size` digits together."""
-    digits = rng.randint(2, max(2, min(len(POWERS) - 1, size // 4)))
+    digits = rng.randint(2, max(2, min(len(POWERS), size // 4)))
     labels = _labels(rng, max(2, round(size / digits)))
     powers = POWERS[:digits]
     numbers = {label: [rng.randrange(10) for _ in powers] for label in labels}

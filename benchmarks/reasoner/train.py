@@ -6,7 +6,8 @@
 Problems come from lethe_mini/tasks.py; those of a step follow from the seed and the step's number
 alone, so a run that was stopped goes on exactly as it would have. Nothing is ever seen twice. The
 loss is taken on the chain, never on the prompt. Texts begin short, where looking things up is
-learned at once or not at all, and grow by a quarter whenever 98 % of the words are right.
+learned at once or not at all, and grow by a quarter whenever 98.5 % of every
+family's words are right.
 Evaluation draws from other seeds (evaluate.py).
 """
 
@@ -54,7 +55,7 @@ CONFIG = {
 # Words of prompt and chain that a family takes at least, and for each step: about.
 WORDS_TAKEN = {"walk": (60, 24.0), "sum": (14, 12.5), "run": (20, 27.0)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
-MASTERED, PATIENCE = 0.98, 20  # texts grow once so many steps in a row were so right, on average
+MASTERED, TEXTS = 0.985, 100  # texts grow once the last 100 of each family were so right
 
 
 def encode(text: str) -> list[int]:
@@ -158,16 +159,19 @@ GROUP = CONFIG["num_attention_heads"] // CONFIG["num_key_value_heads"]  # than 2
 
 @torch.no_grad()
 def look_back(model: Transformer, strength: float = 6.5) -> None:
-    """Biases in layer 0: query head n of group 0 sees the word n + 1 back, whatever it is.
+    """Biases in layer 0: query heads 0 to 3 see the word 1 to 4 back, whatever it is.
 
     A key of the same angle everywhere, and a query turned back by n + 1 positions: their product
     is largest where RoPE has turned the two apart by just that.
     """
     first = model.layers[0].self_attn
-    first.k_proj.weight[:D] *= 0.1  # whatever the words are
-    first.q_proj.weight[: GROUP * D] *= 0.1
-    first.k_proj.bias[:SLOW] = strength  # of the pairs (i, i + D/2) those that turn fast
-    for head in range(GROUP):
+    heads = GROUP + 1  # one of them in the second group, whose keys then have to take part
+    first.k_proj.weight *= 0.1  # whatever the words are
+    first.q_proj.weight[: heads * D] *= 0.1
+    first.k_proj.bias.view(-1, D)[:, :SLOW] = (
+        strength  # of the pairs (i, i + D/2) those that turn fast
+    )
+    for head in range(heads):
         angle = -(head + 1) * model.inv_freq[:SLOW]
         first.q_proj.bias[head * D :][:SLOW] = strength * angle.cos()
         first.q_proj.bias[head * D + D // 2 :][:SLOW] = strength * angle.sin()
@@ -212,7 +216,8 @@ class Run:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
         self.step, self.tokens, self.seconds = 0, 0, 0.0  # processor seconds
-        self.longest, self.recent = float(FIRST), deque(maxlen=PATIENCE)
+        self.longest = float(FIRST)
+        self.recent = {family: deque(maxlen=TEXTS) for family in FAMILIES}
         self.model = build(seed)
         self.optimizers = optimizers(self.model)
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
@@ -226,7 +231,8 @@ class Run:
                 optimizer.load_state_dict(saved)
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
             self.longest = state["longest"]
-            self.recent.extend(state["recent"])
+            for family, shares in state["recent"].items():
+                self.recent[family].extend(shares)
 
     def save(self) -> None:
         """Whole or not at all: a run may be stopped at any time."""
@@ -238,7 +244,7 @@ class Run:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "longest": self.longest,
-            "recent": list(self.recent),
+            "recent": {family: list(shares) for family, shares in self.recent.items()},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, self.file.with_suffix(".new"))
@@ -279,10 +285,12 @@ def train(run: Run, args: argparse.Namespace) -> None:
             rows, right.sum(1).tolist(), words.tolist(), texts.tolist(), strict=True
         ):
             counts[family] = [a + b for a, b in zip(counts[family], [*found, 1], strict=True)]
-        run.recent.append(right.sum().item() / words.sum().item())
-        if len(run.recent) == PATIENCE and sum(run.recent) / PATIENCE >= MASTERED:
+            if family in run.recent:
+                run.recent[family].append(found[0] / found[1])
+        if all(sum(shares) >= MASTERED * TEXTS for shares in run.recent.values()):
             run.longest = min(LONGEST, run.longest * 1.25)
-            run.recent.clear()
+            for shares in run.recent.values():
+                shares.clear()
         run.tokens += sum(len(prompt) + len(chain) for _, prompt, chain, _ in rows)
         run.seconds += time.process_time() - started
         if run.step % args.every == 0 or run.step == args.steps:
