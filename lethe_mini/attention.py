@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import grouped_logits, grouped_values
+
 MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
 
 
@@ -30,30 +32,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def causal_mask(slots: Tensor, S: int) -> Tensor | None:
+    """(B, 1, T, S) bool: a query in slot n sees slots 0 .. n, for slots are in the order of the
+    text. slots: (B, T) -> None where `attend` needs none."""
+    B, T = slots.shape
+    if T > 1 and (B == 1 or S == T):  # then the queries are in the last T slots
+        return None
+    return (torch.arange(S, device=slots.device) <= slots[..., None])[:, None]
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, want_mass: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Grouped-query attention and, if wanted, the mass that each key received.
 
-    q: (B, H, T, D); k, v: (B, H_kv, S, D); mask: (B or 1, 1, T, S) bool, True where the query may
-    look, or None: the last query sees every slot and, with T > 1, T == S and the mask is causal.
+    q: (B, H, T, D); k, v: (B, H_kv, S, D); mask: (B, 1, T, S) bool, True where the query may look,
+    or None: the queries are in the last T slots and the mask is causal.
     Returns (B, H, T, D) and the mass (B, H_kv, S) float32, summed over T and the group's G heads
     (arXiv 2511.06029, eq. 2, per sequence and key/value head), or None.
     """
     B, H, T, D = q.shape
+    H_kv, S = k.shape[1:3]
     if T > 1:
+        seen, square = mask, mask is None and S == T
+        if mask is None and not square:  # PyTorch's is_causal would align it top-left
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            q, k, v, attn_mask=seen, is_causal=square, enable_gqa=True
         )
         return out, received_mass(q, k, mask) if want_mass else None
-    grouped = q.view(B, k.shape[1], -1, D)  # (B, H_kv, G, D)
-    weights = _weights(grouped, k, mask)
-    out = torch.matmul(weights.to(v.dtype), v)
-    return out.view(B, H, T, D), weights.sum(dim=2) if want_mass else None
+    logits = grouped_logits(q.view(B, H_kv, H // H_kv, D) * D**-0.5, k)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    weights = logits.softmax(dim=-1)  # (B, H_kv, G, S)
+    out = grouped_values(weights, v).view(B, H, T, D)
+    return out, weights.sum(dim=2) if want_mass else None
 
 
-def received_mass(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The mass each key receives from T queries; shapes and mask as in `attend`.
+def received_mass(
+    q: Tensor, k: Tensor, mask: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """The mass each key receives from T queries; shapes and mask as in `attend`. weights: (T, 1),
+    what each query counts.
 
     Queries go in blocks, so memory is linear in S. Every row of the softmax sums to 1, so the mass
     of a sequence adds up to H x T.
@@ -61,24 +81,20 @@ def received_mass(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
     mass = torch.zeros(B, H_kv, S, device=q.device)
-    for start in range(0, T, MASS_BLOCK):
-        stop = min(start + MASS_BLOCK, T)
-        if mask is None:  # causal with T == S: keys behind the block's last query weigh nothing
-            seen = stop
-            block = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).tril(start)
+    for first in range(0, T, MASS_BLOCK):
+        last = min(first + MASS_BLOCK, T)
+        seen = S if mask is not None else S - T + last
+        rows = q[:, :, first:last].reshape(B, H_kv, -1, D) * D**-0.5  # (B, H_kv, G * t, D)
+        logits = torch.matmul(rows, k[:, :, :seen].mT).float()
+        logits = logits.view(B, H_kv, H // H_kv, -1, seen)  # (B, H_kv, G, t, seen)
+        if mask is None:  # only among the block's own tokens are some ahead of a query
+            t = last - first
+            ahead = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+            logits[..., -t:].masked_fill_(ahead, -torch.inf)
         else:
-            seen, block = S, mask[:, :, start:stop]
-        rows = q[:, :, start:stop].reshape(B, H_kv, -1, D)  # (B, H_kv, G * t, D)
-        weights = _weights(
-            rows, k[:, :, :seen], block.repeat(*[1] * (block.dim() - 2), H // H_kv, 1)
-        )
-        mass[:, :, :seen] += weights.sum(dim=2)
+            logits.masked_fill_(~mask[:, :, first:last].unsqueeze(2), -torch.inf)
+        shares = logits.softmax(dim=-1)
+        if weights is not None:
+            shares *= weights[first:last]
+        mass[:, :, :seen] += shares.sum(dim=(2, 3))
     return mass
-
-
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) in float32: (B, H_kv, N, D), (B, H_kv, S, D) -> (B, H_kv, N, S)."""
-    logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).float()
-    if mask is not None:
-        logits = logits.masked_fill_(~mask, -torch.inf)
-    return logits.softmax(dim=-1)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .budget import pyramid
 from .cache import KVCache, LayerCache
 from .errors import UserError
 from .options import option
-from .policy import FullKV, Lethe, Policy, Pruner, pyramid
+from .policy import FullKV, Lethe, Policy, Pruner
 
 
 def window_logits(layer: LayerCache, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ Policies (policy.py) decide what stays; nothing here knows why.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import rope_cos_sin, rotate
 
 BLOCK = 64  # slots; capacity is always a multiple, so shapes repeat
+
+Store = dict[str, Tensor]  # keys, values (B, H_kv, S, D); positions, perhaps scores (B, H_kv, S)
 
 
 def blocks(slots: int) -> int:
@@ -23,31 +26,33 @@ def blocks(slots: int) -> int:
     return -(-slots // BLOCK) * BLOCK
 
 
-class LayerCache:
-    """What one layer holds for B sequences. Tensors are (B, H_kv, capacity, ...).
+def write(store: Store, slots: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    """Puts T tokens in their slots. k, v: (B, H_kv, T, D); slots, positions: (B, T)."""
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    store["keys"][rows, :, slots] = k.transpose(1, 2)
+    store["values"][rows, :, slots] = v.transpose(1, 2)
+    heads = k.shape[1]
+    store["positions"][rows, :, slots] = positions.int()[..., None].expand(-1, -1, heads)
 
-    scored:   keep a score per slot (float32, whatever the model's dtype), added to by `observe`.
+
+class LayerCache:
+    """What one layer holds for B sequences.
+
+    scored:   keep a score per slot (float32, whatever the model's dtype).
     window:   also keep the last `window` queries, for policies that look through them at a round.
     inv_freq: given in compact mode, where a key's RoPE angle is that of its slot.
     """
 
     def __init__(self, index, batch, kv_heads, head_dim, dtype, device, scored, window, inv_freq):
-        self.index = index
-        self.window = window
-        self.inv_freq = inv_freq
-        new = {"dtype": dtype, "device": device}
-        self.store = {
-            "keys": torch.zeros(batch, kv_heads, 0, head_dim, **new),
-            "values": torch.zeros(batch, kv_heads, 0, head_dim, **new),
-            "positions": torch.zeros(batch, kv_heads, 0, dtype=torch.int32, device=device),
-        }
+        self.index, self.window, self.inv_freq = index, window, inv_freq
+        empty = torch.zeros(batch, kv_heads, 0, device=device)
+        wide = torch.zeros(batch, kv_heads, 0, head_dim, device=device, dtype=dtype)
+        self.store: Store = {"keys": wide, "values": wide, "positions": empty.int()}
         if scored:
-            self.store["scores"] = torch.zeros(batch, kv_heads, 0, device=device)
+            self.store["scores"] = empty
         self.queries: Tensor | None = None  # (B, H, up to `window`, D), newest last
         self.thresholds = [0] * batch  # a policy's note per sequence; see Lethe.round
-        self._set_lengths([0] * batch)
-
-    # -- what is held ---------------------------------------------------------------------------
+        self._hold([0] * batch)
 
     scored = property(lambda self: "scores" in self.store)
     compact = property(lambda self: self.inv_freq is not None)
@@ -57,147 +62,94 @@ class LayerCache:
     scores = property(lambda self: self.store["scores"][:, :, : self.length])
     capacity = property(lambda self: self.store["keys"].shape[2])
 
-    @property
-    def length(self) -> int:
-        """S: slots of the longest sequence."""
-        return self._longest + self._appended
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens held, per sequence."""
-        return [length + self._appended for length in self._base]
-
-    @property
-    def held(self) -> int:
-        """Tokens held, all sequences together."""
-        return self._base_sum + self._appended * len(self._base)
-
-    def lengths_tensor(self) -> Tensor:
-        """(B,) int64."""
-        return self._base_tensor + self._appended
+    def _hold(self, lengths: list[int]) -> None:
+        """Notes the tokens held per sequence: for the host, for the device, and the most of all."""
+        self.lengths, self.length = lengths, max(lengths, default=0)
+        self.filled = torch.tensor(lengths, device=self.store["keys"].device).long()  # (B,)
 
     def valid(self) -> Tensor:
         """(B, 1, S) bool: which slots hold a token."""
-        slots = torch.arange(self.length, device=self._base_tensor.device)
-        return (slots < self.lengths_tensor()[:, None])[:, None]
-
-    def _set_lengths(self, lengths: list[int]) -> None:
-        # Between two rounds all sequences grow alike: only `_appended` changes, on the host.
-        self._base, self._appended = list(lengths), 0
-        self._longest, self._base_sum = max(lengths, default=0), sum(lengths)
-        self._ragged = len(set(lengths)) > 1
-        self._base_tensor = torch.tensor(lengths, device=self.store["keys"].device).long()
+        slots = torch.arange(self.length, device=self.filled.device)
+        return (slots < self.filled[:, None])[:, None]
 
     # -- every step -----------------------------------------------------------------------------
 
-    def next_slots(self, T: int) -> Tensor:
-        """(B, T): the slots that the next T tokens will take."""
-        steps = torch.arange(T, device=self._base_tensor.device)
-        return self.lengths_tensor()[:, None] + steps
+    def reserve(self, T: int) -> tuple[Store, Tensor]:
+        """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)
+        the slots they take. While decoding that is all storage: a new shape at every step would
+        cost time and memory."""
+        if self.length + T > self.capacity:
+            self._resize(blocks(self.length + T))
+        slots = self.filled[:, None] + torch.arange(T, device=self.filled.device)
+        self.filled = self.filled + T
+        self.lengths, self.length = [n + T for n in self.lengths], self.length + T
+        if T == 1:
+            return self.store, slots
+        return {name: t[:, :, : self.length] for name, t in self.store.items()}, slots
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> Tensor | None:
-        """Stores T tokens. k, v: (B, H_kv, T, D) after RoPE; positions: (B, T).
-
-        Returns the mask for these queries over `attended(T)`, (B or 1, 1, T, slots), True where
-        they may look, or None where `attend` needs none. It comes from slots: they are in the order
-        of the text.
-        """
-        T, start = k.shape[2], self.length
-        if start + T > self.capacity:
-            self._resize(blocks(start + T))
-        new = {"keys": k, "values": v, "positions": positions[:, None].expand(k.shape[:3])}
-        slots = self.next_slots(T) if self._ragged or (T > 1 and start) else None  # (B, T)
-        for name, tensor in new.items():
-            if self._ragged:
-                rows = torch.arange(k.shape[0], device=k.device)[:, None]
-                self.store[name][rows, :, slots] = tensor.transpose(1, 2).to(self.store[name].dtype)
-            else:
-                self.store[name][:, :, start : start + T] = tensor
-        self._appended += T
-        if slots is None and T > 1:
-            return None
-        newest = start if slots is None else slots[:, :, None]
-        seen = torch.arange(self.attended(T)[0].shape[2], device=k.device) <= newest
-        return seen[:, None] if self._ragged or T > 1 else seen[None, None, None]
-
-    def attended(self, T: int) -> tuple[Tensor, Tensor]:
-        """Keys and values for T queries to look at: to the last token; while decoding to the last
-        block's end, so that shapes repeat (a new one at every step costs time and memory)."""
-        slots = self.capacity if T == 1 else self.length
-        return self.store["keys"][:, :, :slots], self.store["values"][:, :, :slots]
-
-    def observe(self, q: Tensor, mass: Tensor | None) -> None:
-        """Adds a step's mass (B, H_kv, slots) to the scores: the sum in arXiv 2511.06029, eq. 5."""
-        if mass is not None:
-            self.store["scores"][:, :, : mass.shape[2]].add_(mass)
+    def remember(self, q: Tensor) -> None:
+        """Keeps the last `window` queries; q: (B, H, T, D)."""
         if self.window:
             past = q if self.queries is None else torch.cat((self.queries, q), dim=2)
             self.queries = past[:, :, -self.window :].clone()
 
     def _resize(self, capacity: int) -> None:
         for name, old in self.store.items():
-            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            self.store[name] = new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.length] = old[:, :, : self.length]
-            self.store[name] = new
 
     # -- rounds and batches ---------------------------------------------------------------------
 
     def keep(self, indices: Tensor, counts: list[int]) -> None:
         """Keeps of sequence b the first counts[b] slots named in indices[b, h], in that order.
 
-        indices: (B, H_kv, at least max(counts)) int64, ascending. Every tensor moves together, into
-        new storage of just as many blocks as needed; in compact mode keys turn to their new slots.
+        indices: (B, H_kv, at least max(counts)) int64, ascending. In compact mode keys turn to
+        their new slots.
         """
-        before, n = self.lengths_tensor(), max(counts, default=0)
-        indices = indices[:, :, :n]
-        kept = torch.arange(n, device=indices.device)
-        valid = kept < torch.tensor(counts, device=indices.device)[:, None, None]  # (B, 1, n)
-        batch, heads = indices.shape[:2]
-        rows = torch.arange(batch, device=indices.device)[:, None, None]
-        cols = torch.arange(heads, device=indices.device)[:, None]
-        for name, old in self.store.items():
-            new = old.new_zeros(batch, heads, blocks(n), *old.shape[3:])
-            moved = old[rows, cols, indices]
-            if name == "keys" and self.compact:
-                moved = rotate(moved, *rope_cos_sin(kept - indices, self.inv_freq))
-            beyond = ~(valid[..., None] if old.dim() == 4 else valid)
-            new[:, :, :n] = moved.masked_fill_(beyond, 0)
-            self.store[name] = new
-        self._set_lengths(counts)
-        if self.queries is not None and self.compact:  # they move with the newest slots
-            shift = (self.lengths_tensor() - before)[:, None, None]
-            self.queries = rotate(self.queries, *rope_cos_sin(shift, self.inv_freq))
+        self._take(list(range(len(counts))), indices, counts)
 
     def select(self, rows: list[int]) -> None:
         """Keeps these sequences, in this order; one may appear twice, as a fork of itself."""
-        lengths = [self.lengths[row] for row in rows]
-        n, index = max(lengths, default=0), torch.tensor(rows, device=self._base_tensor.device)
+        heads = self.store["keys"].shape[1]
+        all_slots = torch.arange(self.length, device=self.filled.device)
+        self._take(rows, all_slots.expand(len(rows), heads, -1), [self.lengths[r] for r in rows])
+
+    def _take(self, rows: list[int], indices: Tensor, counts: list[int]) -> None:
+        """Every tensor moves together, into new storage of just as many blocks as needed."""
+        n, device = max(counts, default=0), indices.device
+        indices, kept = indices[:, :, :n], torch.arange(n, device=device)
+        beyond = kept >= torch.tensor(counts, device=device)[:, None, None]  # (B, 1, n)
+        row = torch.tensor(rows, device=device).long()
+        head = torch.arange(indices.shape[1], device=device)[:, None]
         for name, old in self.store.items():
-            new = old.new_zeros(len(rows), old.shape[1], blocks(n), *old.shape[3:])
-            new[:, :, :n] = old[:, :, :n].index_select(0, index.long())
+            moved = old[row[:, None, None], head, indices]
+            if name == "keys" and self.compact:
+                moved = rotate(moved, *rope_cos_sin(kept - indices, self.inv_freq))
+            moved.masked_fill_(beyond[..., None] if old.dim() == 4 else beyond, 0)
+            new = old.new_zeros(*moved.shape[:2], blocks(n), *old.shape[3:])
+            new[:, :, :n] = moved
             self.store[name] = new
+        before = self.filled[row]
+        self._hold(counts)
         if self.queries is not None:
-            self.queries = self.queries.index_select(0, index.long())
-        self.thresholds = [self.thresholds[row] for row in rows]
-        self._set_lengths(lengths)
+            self.queries = self.queries[row]
+            if self.compact:  # they move with the newest slots
+                shift = (self.filled - before)[:, None, None]
+                self.queries = rotate(self.queries, *rope_cos_sin(shift, self.inv_freq))
+        self.thresholds = [self.thresholds[r] for r in rows]
 
     def join(self, other: "LayerCache") -> None:
-        """Appends the other's sequences behind these."""
-        lengths = self.lengths + other.lengths
-        capacity = max(self.capacity, other.capacity)
-        self._resize(capacity)
-        other._resize(capacity)
-        for name, mine in self.store.items():
-            self.store[name] = torch.cat((mine, other.store[name]))
+        """Appends the other's sequences behind these; the other is used up."""
+        for layer in (self, other):
+            layer._resize(blocks(max(self.length, other.length)))
+        for name in self.store:
+            self.store[name] = torch.cat((self.store[name], other.store.pop(name)))
         if self.queries is not None:  # a short prompt leaves its window partly empty
             wide = max(self.queries.shape[2], other.queries.shape[2])
-            parts = (
-                torch.nn.functional.pad(q, (0, 0, wide - q.shape[2], 0))
-                for q in (self.queries, other.queries)
-            )
-            self.queries = torch.cat(list(parts))
+            pair = [F.pad(q, (0, 0, wide - q.shape[2], 0)) for q in (self.queries, other.queries)]
+            self.queries = torch.cat(pair)
         self.thresholds = self.thresholds + other.thresholds
-        self._set_lengths(lengths)
+        self._hold(self.lengths + other.lengths)
 
 
 class KVCache:
@@ -211,14 +163,13 @@ class KVCache:
         self, config, batch=1, dtype=None, device="cpu", scored=False, window=0, compact=None
     ):
         sizes = (batch, config.num_key_value_heads, config.head_dim)
-        dtype, device = dtype or torch.get_default_dtype(), torch.device(device)
+        self.device = torch.device(device)
         if compact is not None:  # turned again and again, so in float64 where the device has it
-            compact = compact.to(torch.float32 if device.type == "mps" else torch.float64)
+            compact = compact.to(torch.float32 if self.device.type == "mps" else torch.float64)
         self.layers = [
-            LayerCache(index, *sizes, dtype, device, scored, window, compact)
+            LayerCache(index, *sizes, dtype, self.device, scored, window, compact)
             for index in range(config.num_hidden_layers)
         ]
-        self.device = device
         self.seen = [0] * batch  # tokens seen: the next position
         self.prompt = [0] * batch  # of these, tokens of the prompt
 
@@ -244,7 +195,7 @@ class KVCache:
     @property
     def held(self) -> int:
         """Tokens held: all layers, all sequences."""
-        return sum(layer.held for layer in self.layers)
+        return sum(sum(layer.lengths) for layer in self.layers)
 
     @property
     def token_bytes(self) -> int:
@@ -266,9 +217,9 @@ class KVCache:
         self.prompt = [self.prompt[row] for row in rows]
 
     def join(self, other: "KVCache") -> None:
-        """Appends the other's sequences; the other is used up."""
+        """Appends the other's sequences; the other is used up, layer by layer, so that the room of
+        one layer is needed and not of a second cache."""
         for mine, its in zip(self.layers, other.layers, strict=True):
             mine.join(its)
-            its.store.clear()  # so that a join needs the room of one layer, not of a second cache
         self.seen = self.seen + other.seen
         self.prompt = self.prompt + other.prompt

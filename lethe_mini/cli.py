@@ -19,9 +19,11 @@ from .batch import Prompt, read_prompts, run_batch
 from .chat import Conversation, chat
 from .engine import POSITIONS, Engine
 from .errors import UserError
+from .lens import write_page
 from .policy import Lethe, Policy
 from .sampling import check_sampling
 from .tasks import FAMILIES, TRAINED, Problem, check, problem
+from .trace import Trace
 
 # Options that go to Engine.generate as they are; in a conversation less those of a batch.
 GENERATE = (
@@ -77,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="sequences at once (default: all)")
     add("--output", type=Path, help="write results to this JSON Lines file; goes on if it is there")
     add("--stats", type=Path, help="write statistics and sequences to this JSON file")
+    add("--trace", type=Path, help="write what every round kept and dropped to this JSON file")
+    add("--lens", type=Path, help="write a page that shows it to this HTML file")
     add("--quiet", action="store_true", help="no report")
 
     group = parser.add_argument_group("policy", "what stays in the cache")
@@ -202,6 +206,8 @@ def report(result) -> str:
         f"policy {stats.policy['name']}: {stats.rounds} rounds, {stats.evicted_tokens} evicted, "
         f"{stats.kv_tokens_mean:.0f} tokens held per layer on average",
     ]
+    if stats.compile_seconds:
+        lines.insert(1, f"compiling took {stats.compile_seconds:.0f} s, not counted as decoding")
     if any(one.finish_reason == "positions" for one in result.sequences):
         lines.append(
             "stopped at the model's last position; --positions compact with a budget goes on"
@@ -233,17 +239,23 @@ def run(argv: list[str] | None) -> int:
     policy, prompts, own = build_policy(args), gather_prompts(args), own_problem(args)
     most = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     check_sampling(args.temperature, args.top_k, args.top_p)
-    elsewhere = (args.prompt, args.prompt_file, args.output, args.stats, args.raw)
+    traced = args.trace or args.lens
+    elsewhere = (args.prompt, args.prompt_file, args.output, args.stats, traced, args.raw)
     if args.interactive and any(elsewhere):
         raise UserError(
             "--interactive takes its prompts from you, through the chat template: it goes without "
-            "--prompt, --prompt-file, --output, --stats and --raw"
+            "--prompt, --prompt-file, --output, --stats, --trace, --lens and --raw"
         )
-    if args.stats is not None:  # found out now, not after minutes of work
-        existed = args.stats.exists()
-        _write(args.stats, "", "a")
+    if args.output is not None and traced:
+        raise UserError("--output may go on with an older run: it goes without --trace and --lens")
+    files = [path for path in (args.stats, args.trace, args.lens) if path is not None]
+    if len({path.absolute() for path in files}) < len(files):
+        raise UserError(f"{files[-1]} is named twice; give each output a file of its own")
+    for path in files:  # found out now, not after minutes of work
+        existed = path.exists()
+        _write(path, "", "a")
         if not existed:
-            args.stats.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     model = args.model or ("demo" if own is None else "reasoner")
     engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
     if own is not None:
@@ -263,16 +275,21 @@ def run(argv: list[str] | None) -> int:
             print(f"{args.output} is complete", file=sys.stderr)
             return 0
     else:
-        screen = _Screen(engine, prompts, args.num_samples)
+        screen, trace = _Screen(engine, prompts, args.num_samples), Trace() if traced else None
         result = engine.generate(
             [prompt.text for prompt in prompts],
             policy,
             [prompt.max_new_tokens or most for prompt in prompts],
             on_token=screen.on_token,
             on_finish=screen.on_finish,
+            trace=trace,
             **options,
         )
         screen.close(result)
+        if args.trace is not None:
+            trace.write(args.trace)
+        if args.lens is not None:
+            write_page([trace], args.lens)
     if args.stats is not None:
         _write(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
     if not args.quiet:

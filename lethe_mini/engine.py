@@ -9,24 +9,25 @@ takes its place. What a sequence gets never depends on its neighbours.
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .config import ModelConfig
 from .errors import UserError
-from .loader import load_model, pick_device, resolve
+from .loader import check_dtype, load_model, pick_device, pick_dtype, resolve
 from .model import Transformer
 from .policy import FullKV, Policy
+from .prompts import check_sizes, encode_prompts
 from .sampling import check_sampling, sample
 from .signals import held_back_interrupts
 from .stats import Generated, Meter, Result
 from .text import Text
+from .trace import Trace
 
 POSITIONS = ("absolute", "compact")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Engine:
@@ -46,18 +47,14 @@ class Engine:
         revision: str | None = None,
         compile: bool = False,
     ) -> "Engine":
-        """model: a folder, a hub id, "reasoner" or "demo"; compile: through torch.compile, which
-        takes a minute once and needs a C++ compiler on a CPU. Raises UserError for what cannot be
+        """model: a folder, a hub id, "reasoner" or "demo"; compile: decode through torch.compile,
+        which takes half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be
         loaded."""
         device = pick_device(device)
-        if dtype not in ("auto", *DTYPES):
-            raise UserError(f"dtype should be auto, {', '.join(DTYPES)}, not {dtype!r}")
+        check_dtype(dtype)
         folder = resolve(model, revision)
-        if dtype == "auto":
-            dtype = ModelConfig.from_folder(folder).dtype
-            if device == "cpu" and dtype == "float16":  # slow there, and narrow
-                dtype = "float32"
-        engine = cls(load_model(folder, device, DTYPES[dtype]), Text(folder), model)
+        weights = load_model(folder, device, pick_dtype(dtype, device, folder))
+        engine = cls(weights, Text(folder), model)
         if compile:
             engine.model.compile()
         return engine
@@ -83,6 +80,7 @@ class Engine:
         on_token: Callable[[int, int], None] | None = None,
         on_finish: Callable[[int, Generated], None] | None = None,
         on_step: Callable[[KVCache], None] | None = None,
+        trace: Trace | None = None,
     ) -> Result:
         """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
         (one number, or one per prompt).
@@ -92,29 +90,24 @@ class Engine:
         default. positions: "absolute", or "compact", where keys are turned to their slots, so that
         text may outgrow the model's positions. cache: what `new_cache` gave, and earlier calls
         filled, of one sequence that the only prompt goes on with. on_token(sequence, token),
-        on_finish(sequence, generated) and on_step(cache) are called as it happens. Ctrl-C ends the
-        run and returns what there is.
+        on_finish(sequence, generated) and on_step(cache) are called as it happens. trace: a new
+        Trace, which then holds what every round dropped. Ctrl-C ends the run and returns what
+        there is.
         Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
         check_sampling(temperature, top_k, top_p)
-        if isinstance(prompts, str):
-            raise UserError("prompts should be a list; give [text]")
-        limits = max_new_tokens
-        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        if len(limits) != len(prompts):
-            raise UserError(f"max_new_tokens has {len(limits)} numbers for {len(prompts)} prompts")
-        batch_size = max(1, len(prompts) * num_samples) if batch_size is None else batch_size
-        if min(*limits, num_samples, batch_size, prefill_chunk, 1) < 1:
-            raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
         if positions not in POSITIONS:
             raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
         if cache is not None and len(prompts) * num_samples != 1:
             raise UserError("a cache is gone on with by one prompt and one sample")
-        seen = 0 if cache is None else cache.next_angle(0)
-        encoded = [self._encode(prompt, system, raw, policy, seen) for prompt in prompts]
+        encoded = encode_prompts(self, prompts, policy, system, raw, cache)
+        limits = check_sizes(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
+        batch_size = batch_size or max(1, len(prompts) * num_samples)
+        if trace is not None:
+            trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])
         run = _Run(self, policy, encoded, limits, seed, num_samples, positions)
-        run.resumed, run.on_step = cache, on_step
+        run.resumed, run.on_step, run.trace = cache, on_step, trace
         run.eos = frozenset() if ignore_eos or self.text is None else self.text.eos_ids
         run.on_token, run.on_finish = on_token, on_finish
         with held_back_interrupts() as run.pressed:
@@ -140,24 +133,6 @@ class Engine:
             window=policy.window,
             compact=self.model.inv_freq if positions == "compact" else None,
         )
-
-    def _encode(self, prompt, system, raw: bool, policy: Policy, seen: int) -> list[int]:
-        """A prompt's token ids; UserError if the model or the policy cannot take it."""
-        if isinstance(prompt, str):
-            if self.text is None:
-                raise UserError("this engine has no tokenizer; give token ids")
-            prompt = self.text.encode_prompt(prompt, system, raw) if prompt.strip() else []
-        ids, config = list(prompt), self.model.config
-        if not ids:
-            raise UserError("the prompt is empty; give it some text")
-        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-            raise UserError(f"a prompt's token ids should be from 0 to {config.vocab_size - 1}")
-        room = config.max_position_embeddings - seen
-        if len(ids) > room:
-            raise UserError(f"the prompt has {len(ids)} tokens and the model takes {room}; cut it")
-        if not seen:
-            policy.check(len(ids))
-        return ids
 
 
 class _Run:
@@ -249,6 +224,8 @@ class _Run:
             one.generated_tokens = len(one.token_ids)
             one.text = "" if self.engine.text is None else self.engine.text.decode(one.token_ids)
             self.meter.final(self.cache, self.live.index(index), index)
+            if self.trace is not None:
+                self.trace.ends(index, self.cache.seen[self.live.index(index)], one)
             del self.draws[index]
         self.live = [self.live[row] for row in rows]
         if self.resumed is None:
@@ -262,7 +239,9 @@ class _Run:
         if any(due):
             waiting = [self.cache] if self.live and cache is not self.cache else []
             self.meter.peak(cache, *waiting)
-            with self.meter.round(cache, due):
+            owners = self.pending if prefilled else self.live
+            recorder = self.trace and self.trace.round(self.policy, cache, due, owners)
+            with recorder or nullcontext(), self.meter.round(cache, due):
                 self.policy.round(cache, due)
 
     def interrupt(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checks import read_json
+from .checks import DTYPES, read_json
 from .config import ModelConfig
 from .errors import UserError
 from .model import Transformer
@@ -106,6 +106,21 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError):  # PyTorch says it in many lines and two ways
         raise UserError(f"this machine has no device {name!r}; use --device cpu or auto") from None
     return name
+
+
+def check_dtype(name: str) -> None:
+    """Raises UserError for what is no dtype here."""
+    if name not in ("auto", *DTYPES):
+        raise UserError(f"dtype should be auto, {', '.join(DTYPES)}, not {name!r}")
+
+
+def pick_dtype(name: str, device: str, folder: Path) -> torch.dtype:
+    """ "auto" is what the weights were saved in; but on a CPU float16, slow there, is float32."""
+    if name == "auto":
+        name = ModelConfig.from_folder(folder).dtype
+        if device == "cpu" and name == "float16":
+            name = "float32"
+    return getattr(torch, name)
 
 
 def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Transformer:

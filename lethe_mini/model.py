@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend, rope_cos_sin, rotate
-from .cache import KVCache, LayerCache
+from .attention import attend, causal_mask, rope_cos_sin, rotate
+from .cache import KVCache, Store, write
 from .config import ModelConfig
+from .products import Linear
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -50,59 +51,63 @@ class Attention(nn.Module):
         super().__init__()
         hidden, D = config.hidden_size, config.head_dim
         inner, inner_kv = config.num_attention_heads * D, config.num_key_value_heads * D
-        self.q_proj = nn.Linear(hidden, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, inner_kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, inner_kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner, hidden, bias=config.o_bias)
+        self.q_proj = Linear(hidden, inner, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, inner_kv, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, inner_kv, bias=config.qkv_bias)
+        self.o_proj = Linear(inner, hidden, bias=config.o_bias)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """One layer: `before` and `after` attention are pure functions; between them is the cache."""
+    """One layer, a function of tensors alone, so that it compiles as a whole."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim, self.attend = config.head_dim, attend
+        self.head_dim = config.head_dim
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, hidden); cos, sin: (B, 1, T, D/2) -> q (B, H, T, D); k, v (B, H_kv, T, D)."""
-        B, T, _ = x.shape
-        x, attn = self.input_layernorm(x), self.self_attn
-        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in projections)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def after(self, x: Tensor, out: Tensor) -> Tensor:
-        """x: (B, T, hidden); out: (B, H, T, D), what attention gave -> (B, T, hidden)."""
-        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
-
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: LayerCache | None
-    ) -> Tensor:
-        q, k, v = self.before(x, cos, sin)
-        if cache is None:
-            out, _ = self.attend(q, k, v, mask=None)
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        store: Store | None = None,
+        slots: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x: (B, T, hidden); cos, sin: (B, 1, T, D/2); positions: (B, T) -> x and the queries
+        (B, H, T, D). With a layer's `store`, it writes to `slots` (B, T), looks at all up to there,
+        and adds the mass to the scores: the sum in arXiv 2511.06029, eq. 5."""
+        B, T, _ = x.shape
+        attn, normed = self.self_attn, self.input_layernorm(x)
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (p(normed).view(B, T, -1, self.head_dim).transpose(1, 2) for p in projections)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if store is None:
+            out, _ = attend(q, k, v, mask=None)
         else:
-            mask = cache.append(k, v, positions)
-            out, mass = self.attend(q, *cache.attended(x.shape[1]), mask, want_mass=cache.scored)
-            cache.observe(q, mass)
-        return self.after(x, out)
+            write(store, slots, k, v, positions)
+            keys, scores = store["keys"], store.get("scores")
+            mask = causal_mask(slots, keys.shape[2])
+            out, mass = attend(q, keys, store["values"], mask, want_mass=scores is not None)
+            if mass is not None:
+                scores.add_(mass)
+        x = x + attn.o_proj(out.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x)), q
 
 
 class Transformer(nn.Module):
@@ -112,24 +117,21 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.decode_layers = list(self.layers)  # what runs them on one token; see `compile`
 
     def init_rope(self, device: torch.device | str) -> None:
         """Puts the frequencies, which no checkpoint holds, on the device of the weights."""
         self.inv_freq = inverse_frequencies(self.config).to(device)
 
     def compile(self) -> None:
-        """Opt-in: the pure functions of a layer through torch.compile; eager is the reference.
+        """Opt-in: decoding through torch.compile, a layer at a time; eager is the reference.
 
         Sizes are dynamic, so that a growing cache compiles a handful of variants, once each.
         """
-        compiled = torch.compile(attend, dynamic=True)
-        for block in self.layers:
-            block.attend = compiled
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
+        self.decode_layers = [torch.compile(block, dynamic=True) for block in self.layers]
 
     def forward(
         self,
@@ -149,11 +151,16 @@ class Transformer(nn.Module):
             positions = first.long()[:, None] + torch.arange(T, device=tokens.device)
         x = self.embed_tokens(tokens)
         cos, sin = rope_cos_sin(positions[:, None], self.inv_freq)
-        for index, block in enumerate(self.layers):
-            layer = None if cache is None else cache.layers[index]
-            if layer is not None and layer.compact:  # there a token's angle is its slot's
-                cos, sin = rope_cos_sin(layer.next_slots(T)[:, None], layer.inv_freq)
-            x = block(x, cos, sin, positions, layer)
+        for index, block in enumerate(self.decode_layers if T == 1 and cache else self.layers):
+            if cache is None:
+                x, _ = block(x, cos, sin, positions)
+                continue
+            layer = cache.layers[index]
+            store, slots = layer.reserve(T)
+            if layer.compact:  # there a token's angle is its slot's
+                cos, sin = rope_cos_sin(slots[:, None], layer.inv_freq)
+            x, q = block(x, cos, sin, positions, store, slots)
+            layer.remember(q)
         if cache is not None:
             cache.advance(T)
         if last_only:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .budget import pyramid, split_budget
 from .cache import KVCache, LayerCache
 from .errors import UserError
 from .options import check_options, option
@@ -60,39 +61,6 @@ def find_breakpoint(
     if not found.any():
         return None
     return cuts[int(found.int().argmax())] or None
-
-
-def split_budget(
-    total: int, weights: list[float], floors: list[int], holds: list[int]
-) -> list[int]:
-    """Divides `total` tokens over layers in proportion to `weights`, exactly, by largest remainder.
-
-    No layer gets more than it holds nor less than its floor (or what it holds, if that is less).
-    The parts add up to `total`, unless the floors need more or the layers hold less.
-    """
-    floors = [min(floor, hold) for floor, hold in zip(floors, holds, strict=True)]
-    total = min(max(total, sum(floors)), sum(holds))
-    # A layer's share is level * weight, held within its bounds; more level, more in all. The tiny
-    # weight that everyone has lets a layer of weight 0 take what the others cannot hold.
-    most = max(weights) or 1.0
-    weights = [max(weight / most, 1e-9) for weight in weights]
-    low, high = 0.0, (max(holds) + 1) / min(weights)
-    for _ in range(100):
-        level = (low + high) / 2
-        bounds = zip(weights, floors, holds, strict=True)
-        shares = [min(max(level * weight, floor), hold) for weight, floor, hold in bounds]
-        low, high = (level, high) if sum(shares) < total else (low, level)
-    parts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(parts)), key=lambda i: parts[i] - shares[i])
-    for i in by_remainder[: total - sum(parts)]:
-        parts[i] += 1
-    return parts
-
-
-def pyramid(layers: int, beta: float = 20.0) -> list[float]:
-    """Weights that fall linearly from the first layer to the last, mean 1 (arXiv 2406.02069)."""
-    low, high = 1 / beta, 2 - 1 / beta
-    return [high - (high - low) * i / max(1, layers - 1) for i in range(layers)]
 
 
 def select(importance: Tensor, valid: Tensor, always: Tensor, extra: Tensor) -> Tensor:
@@ -189,11 +157,11 @@ class Pruner(Policy):
     def check(self, prompt: int) -> None:
         need = self.protected(prompt) + self.min_recent
         if self.budget is not None and self.budget < need:
-            what = f"the prompt ({prompt} tokens)" if need > self.sinks + self.min_recent else "it"
-            mend = " or use --no-protect-prompt" if self.protect_prompt and prompt else ""
+            kept, mend = "sinks and recent tokens", "raise --budget"
+            if self.protect_prompt and prompt:
+                kept, mend = f"the prompt, {kept}", f"{mend} or use --no-protect-prompt"
             raise UserError(
-                f"budget {self.budget} is too small for what is always kept of {what}: {need} "
-                f"tokens, sinks and recent ones included; raise --budget{mend}"
+                f"budget {self.budget} is too small for {kept}, always kept: {need} tokens; {mend}"
             )
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
@@ -228,31 +196,30 @@ class Pruner(Policy):
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _prune(self, layer: LayerCache, cache: KVCache, share: list[int], due: list[bool]) -> None:
-        importance = self.importance(layer, cache)
+        importance, lengths = self.importance(layer, cache), layer.lengths
         salient = self.salient(importance, layer, due)
-        lengths, device = layer.lengths, importance.device
         protected = [self.protected(prompt) for prompt in cache.prompt]
         recent = list(lengths)  # whoever is not due keeps all
         for row in (row for row, ready in enumerate(due) if ready):
             floor = 0 if self.budget is None else min(protected[row], lengths[row])
             recent[row] = self.recent(share[row] - floor)
-        valid = layer.valid()
-        slots = torch.arange(layer.length, device=device)
-        first_recent = layer.lengths_tensor() - torch.tensor(recent, device=device)
-        always = layer.positions < torch.tensor(protected, device=device)[:, None, None]
-        always = valid & (always | (slots >= first_recent[:, None, None]))  # (B, H_kv, S)
+        share, salient, protected, recent = (
+            torch.tensor(numbers, device=importance.device)[:, None]
+            for numbers in (share, salient, protected, recent)
+        )  # (B, 1)
+        valid = layer.valid()  # (B, 1, S)
+        slots = torch.arange(layer.length, device=importance.device)
+        always = slots >= (layer.filled[:, None] - recent)[..., None]
+        always = valid & (always | (layer.positions < protected[..., None]))  # (B, H_kv, S)
 
         # Beyond these, as many as stand out and as the share has room for: as many as the head that
         # keeps most, since all heads of a layer hold the same number.
-        top = select(
-            importance, valid, ~valid & valid, torch.tensor(salient, device=device)[:, None]
-        )
+        top = select(importance, valid, torch.zeros_like(valid), salient)
         least = always.sum(-1)  # (B, H_kv)
-        wanted = least + (top & ~always).sum(-1)
-        target = torch.minimum(torch.tensor(share, device=device), wanted.amax(1))
-        target = torch.maximum(target, least.amax(1))
-        kept = select(importance, valid, always, target[:, None] - least)
-        counts = target.tolist()
+        wanted = (always | top).sum(-1).amax(1, keepdim=True)
+        target = torch.minimum(share, wanted).maximum(least.amax(1, keepdim=True))
+        kept = select(importance, valid, always, target - least)
+        counts = target[:, 0].tolist()
         if counts != lengths:
             # True sorts first and a stable sort leaves the slots ascending.
             layer.keep((~kept).int().argsort(dim=-1, stable=True), counts)
@@ -295,24 +262,24 @@ class Lethe(Pruner):
         """Every parameter as the paper reads; what it leaves open stays at the default."""
         return cls(**{"protect_prompt": False, **changes})
 
+    def _merged(self, scores: Tensor) -> Tensor:
+        """(B, 1 or H_kv, S): added up, but per head, where a slot is another token in every one."""
+        return scores if self.granularity == "head" else scores.sum(1, keepdim=True)
+
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         scores = layer.scores
         if self.value_norm:
             scores = scores * layer.values.float().norm(dim=-1)
-        if self.granularity == "layer":
-            scores = scores.sum(1, keepdim=True).expand_as(scores)
-        return scores
+        return self._merged(scores).expand_as(scores)
 
     def weights(self, cache: KVCache) -> list[list[float]]:
         if self.allocation in ("uniform", "pyramid"):
             L = len(cache.layers)
             return [[1.0] * L if self.allocation == "uniform" else pyramid(L) for _ in cache.seen]
-        per_layer = []
-        for layer in cache.layers:
-            scores = layer.scores
-            if self.granularity == "layer":  # else a slot is another token in every head
-                scores = scores.sum(1, keepdim=True)
-            per_layer.append(hoyer(scores, layer.lengths_tensor()[:, None]).mean(1))
+        per_layer = [
+            hoyer(self._merged(layer.scores), layer.filled[:, None]).mean(1)
+            for layer in cache.layers
+        ]
         sparsity = torch.stack(per_layer, dim=1)  # (B, L)
         return (sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity).tolist()
 
@@ -343,7 +310,7 @@ class Lethe(Pruner):
         # Every head's curve, then their mean: after a round a slot is another token in every head.
         ranked = importance.masked_fill(~layer.valid(), -torch.inf)
         ranked = ranked.sort(dim=-1, descending=True).values.mean(1).cpu()
-        counts = layer.lengths
+        counts = list(layer.lengths)
         for row, length in enumerate(layer.lengths):
             over = self.budget is not None or length > self._threshold(layer, row)
             if due[row] and over:

@@ -1,6 +1,7 @@
 """What a run gives back: the sequences, and what they cost in time and memory."""
 
 import re
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,8 +36,9 @@ class Stats:
     positions: str
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0  # torch.compile's, beside the two
     decode_tokens_per_second: float = 0.0
-    prune_seconds: float = 0.0  # part of the two above
+    prune_seconds: float = 0.0  # part of prefill and decode
     kv_bytes_peak: int = 0
     kv_bytes_final: int = 0  # at the end of each sequence, added up
     kv_bytes_full: int = 0  # what a full cache would hold there
@@ -63,6 +65,12 @@ def memory_peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not there: nothing has been compiled
+    return dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0
+
+
 @dataclass
 class Result:
     sequences: list[Generated]  # in the order of the prompts
@@ -83,6 +91,7 @@ class Meter:
         self.stats.kv_tokens_final = [[] for _ in range(sequences)]
         self.device = engine.device
         self.started = self.prefill_started = time.perf_counter()
+        self.compiled = compile_seconds()
         self.tokens = self.held = self.places = 0
 
     def prefill_begins(self) -> None:
@@ -123,7 +132,9 @@ class Meter:
 
     def close(self) -> Stats:
         stats, full = self.stats, self.stats.kv_bytes_full
-        stats.decode_seconds = time.perf_counter() - self.started - stats.prefill_seconds
+        stats.compile_seconds = compile_seconds() - self.compiled
+        elapsed = time.perf_counter() - self.started
+        stats.decode_seconds = elapsed - stats.prefill_seconds - stats.compile_seconds
         stats.decode_tokens_per_second = self.tokens / max(stats.decode_seconds, 1e-9)
         stats.kv_reduction = 1 - stats.kv_bytes_final / full if full else 0.0
         stats.kv_tokens_mean = self.held / max(1, self.places)

@@ -117,6 +117,13 @@ class Text:
     def stream(self) -> "Stream":
         return Stream(self)
 
+    def pieces(self, ids: list[int]) -> list[str]:
+        """What each token adds to the text; special ones by name. A character that several make
+        belongs to the last of them."""
+        stream, name = self.stream(), self._tokenizer.id_to_token
+        pieces = [name(id) if id in self._skipped else stream.push(id) for id in ids]
+        return [*pieces[:-1], pieces[-1] + stream.flush()]
+
 
 class Stream:
     """Ids in, whole characters out, each as soon as nothing that follows can change it.

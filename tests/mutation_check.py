@@ -24,7 +24,7 @@ TESTS = (
     "tests/test_all_policies.py::test_logits_are_those_of_a_full_pass_without_the_evicted",
 )
 FAULTS = {  # what is wrong: file, right text, wrong text
-    "recent window one short": ("policy.py", "slots >= first_recent", "slots > first_recent"),
+    "recent window one short": ("policy.py", "slots >= (layer", "slots > (layer"),
     "kept indices by score, unsorted": (
         "policy.py",
         "(~kept).int().argsort(dim=-1, stable=True)",
@@ -32,13 +32,13 @@ FAULTS = {  # what is wrong: file, right text, wrong text
     ),
     "scores stay when keys move": (
         "cache.py",
-        "moved = old[rows, cols, indices]",
-        'moved = old[:, :, :n].clone() if name == "scores" else old[rows, cols, indices]',
+        "moved = old[row[:, None, None], head, indices]",
+        'moved = old[row[:, None, None], head, indices if name != "scores" else kept]',
     ),
     "position taken from the slot": (
         "model.py",
         "cache.seen_tensor()",
-        "cache.layers[0].lengths_tensor()",
+        "cache.layers[0].filled",
     ),
     "sinks unprotected": ("policy.py", "else self.sinks", "else 0"),
 }

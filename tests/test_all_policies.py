@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import oracles
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,9 +102,9 @@ def feed(cache, T):
     for layer in cache.layers:
         B = len(layer.lengths)
         noise = torch.randn(3, B, 6, T, 10)
-        layer.append(noise[0, :, :2], noise[1, :, :2], positions)
+        tiny.put(layer, noise[0, :, :2], noise[1, :, :2], positions)
         mass = torch.rand(B, 2, layer.length) ** 6 * layer.valid() if layer.scored else None
-        layer.observe(noise[2], mass)
+        tiny.observe(layer, noise[2], mass)
     cache.advance(T)
 
 
@@ -206,9 +207,9 @@ def test_scores_move_with_their_key(name, steps, seed):
         everyone = torch.rand(3, 2, cache.seen[0] + T, generator=chance) ** 5
         for index, layer in enumerate(cache.layers):
             noise = torch.randn(2, 1, 2, T, 10, generator=chance)
-            layer.append(noise[0], noise[1], positions)
+            tiny.put(layer, noise[0], noise[1], positions)
             mass = everyone[index].gather(-1, layer.positions[0].long())
-            layer.observe(None, mass[None])
+            tiny.observe(layer, None, mass[None])
             for head, masses in enumerate(everyone[index].tolist()):
                 for position, one in enumerate(masses):
                     ledger.setdefault((index, head, position), [0.0])[-1] = one

@@ -82,7 +82,7 @@ def masks(draw, B, T):
     """S and a mask of every kind that `attend` is given, or None."""
     kind = draw(st.sampled_from(["none", "ragged", "shared", "any"]))
     if kind == "none":
-        return (T if T > 1 else draw(st.integers(1, 19))), None
+        return T + draw(st.integers(0, 19)), None
     if kind == "any":
         S = draw(st.integers(1, 19))
         mask = torch.tensor(draw(st.lists(st.booleans(), min_size=B * T * S, max_size=B * T * S)))

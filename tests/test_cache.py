@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import oracles
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,8 +104,9 @@ class CacheMachine(RuleBasedStateMachine):
         for index, layer in enumerate(cache.layers):
             k, v, q = self.draw(B, KV_HEADS, T, D), self.draw(B, KV_HEADS, T, D), None
             before = [row.length(index) for row in rows]
-            assert layer.next_slots(T).tolist() == [[n + t for t in range(T)] for n in before]
-            mask = layer.append(k, v, positions)
+            slots = layer.filled[:, None] + torch.arange(T)
+            assert slots.tolist() == [[n + t for t in range(T)] for n in before]
+            mask = tiny.put(layer, k, v, positions)
             self.check_mask(mask, before, T, layer)
             pairs = zip(rows, k.tolist(), v.tolist(), strict=True)
             for row, keys, values in pairs:
@@ -121,12 +123,14 @@ class CacheMachine(RuleBasedStateMachine):
     def check_mask(self, mask, before, T, layer):
         """A query sees all slots up to its own; None where plain causality says the same. A single
         query is shown whole blocks, so that shapes repeat."""
-        S = layer.attended(T)[0].shape[2]
+        S = layer.capacity if T == 1 else layer.length
         assert (blocks(max(before) + T) if T == 1 else max(before) + T) == S
         right = [[[s <= n + t for s in range(S)] for t in range(T)] for n in before]
         if mask is None:
-            lone, causal = [[True] * S], [[s <= t for s in range(T)] for t in range(T)]
-            assert all(seen == (lone if T == 1 else causal) for seen in right)
+            assert T > 1
+            assert all(
+                seen == [[s <= S - T + t for s in range(S)] for t in range(T)] for seen in right
+            )
         else:
             assert mask[:, 0].expand(len(before), -1, -1).tolist() == right
 
@@ -134,7 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
         """A step's mass, from 1/4 to 16 on what is held and nothing beyond."""
         shape = (len(rows), KV_HEADS, layer.length)
         mass = 2.0 ** torch.randint(-2, 5, shape, generator=self.numbers) * layer.valid()
-        layer.observe(q, mass)
+        tiny.observe(layer, q, mass)
         for row, new, asked in zip(rows, mass.tolist(), q.transpose(1, 2).tolist(), strict=True):
             for head, received in zip(row.slots[index], new, strict=True):
                 for slot, one in zip(head, received[: len(head)], strict=True):
@@ -307,9 +311,8 @@ class CacheMachine(RuleBasedStateMachine):
         for index, layer in enumerate(self.cache.layers):
             lengths = [row.length(index) for row in self.rows]
             assert layer.lengths == lengths
-            assert layer.lengths_tensor().tolist() == lengths
+            assert layer.filled.tolist() == lengths
             assert layer.length == max(lengths)
-            assert layer.held == sum(lengths)
             assert layer.capacity == blocks(max(lengths))
             slots = range(max(lengths))
             assert layer.valid()[:, 0].tolist() == [[s < n for s in slots] for n in lengths]
@@ -322,7 +325,7 @@ class CacheMachine(RuleBasedStateMachine):
             allocated += B * HEADS * D * 4 * layer.queries.shape[2]
             assert layer.queries.shape[2] <= WINDOW
         assert self.cache.allocated == allocated
-        assert self.cache.held == sum(layer.held for layer in self.cache.layers)
+        assert self.cache.held == sum(sum(layer.lengths) for layer in self.cache.layers)
 
 
 TestCacheMachine = CacheMachine.TestCase
@@ -336,7 +339,7 @@ def test_a_round_gives_memory_back(before, after, dtype):
     cache = KVCache(SIZES, dtype=dtype)
     noise = torch.randn(2, 1, KV_HEADS, before, D).to(dtype)
     for layer in cache.layers:
-        layer.append(*noise, torch.arange(before)[None])
+        tiny.put(layer, *noise, torch.arange(before)[None])
         layer.keep(torch.arange(before).expand(1, KV_HEADS, -1), [after])
         assert layer.capacity == blocks(after)
     per_slot = KV_HEADS * (2 * D * dtype.itemsize + 4)
@@ -349,8 +352,8 @@ def test_no_sequence_at_all_is_a_batch_too(rows):
     """The last ones may leave; and what is left is just theirs."""
     cache = KVCache(SIZES, batch=2, scored=True, window=WINDOW)
     for layer in cache.layers:
-        layer.append(*torch.randn(2, 2, KV_HEADS, 7, D), torch.arange(7).expand(2, 7))
-        layer.observe(torch.randn(2, HEADS, 7, D), torch.rand(2, KV_HEADS, 7))
+        tiny.put(layer, *torch.randn(2, 2, KV_HEADS, 7, D), torch.arange(7).expand(2, 7))
+        tiny.observe(layer, torch.randn(2, HEADS, 7, D), torch.rand(2, KV_HEADS, 7))
     cache.advance(7)
     cache.select(rows)
     assert cache.seen == [7] * len(rows)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import tiny
 import torch
 
 from lethe_mini import Engine, Lethe, Pruner
@@ -27,7 +28,8 @@ from lethe_mini.model import Transformer
 
 ROOT = Path(__file__).parent.parent
 ALGORITHM, GUIDE = ROOT / "docs" / "ALGORITHM.md", ROOT / "docs" / "POLICIES.md"
-DOCUMENTS = [path for path in (ALGORITHM, GUIDE, ROOT / "README.md") if path.is_file()]
+TRACE = ROOT / "docs" / "TRACE.md"
+DOCUMENTS = [path for path in (ALGORITHM, GUIDE, TRACE, ROOT / "README.md") if path.is_file()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIZES = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,6 +57,9 @@ class Words:
 
     def decode(self, ids):
         return " ".join(map(str, ids))
+
+    def pieces(self, ids):
+        return [f"{id} " for id in ids]
 
     def stream(self):
         return SimpleNamespace(push=lambda token: f"{token} ", flush=lambda: "")
@@ -119,7 +124,7 @@ def test_the_policies_of_the_guide_prune(capsys):
 
     cache, kv = KVCache(ModelConfig.from_dict(SIZES)), torch.zeros(1, 2, 23, 6)
     for layer in cache.layers:
-        layer.append(kv, kv, torch.arange(23)[None])
+        tiny.put(layer, kv, kv, torch.arange(23)[None])
     cache.advance(23)
     names["EverySecond"](budget=9, sinks=0, recent_ratio=0.0).round(cache, [True])
     for layer in cache.layers:  # the last one is always recent, and even

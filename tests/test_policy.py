@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import oracles
 import pytest
+import tiny
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lethe_mini.attention import attend, received_mass
 from lethe_mini.baselines import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, redundancy
+from lethe_mini.budget import pyramid, split_budget
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError
-from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, pyramid, select, split_budget
+from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, select
 
 PRUNERS = [policy for policy in POLICIES.values() if issubclass(policy, Pruner)]
 FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
@@ -40,9 +42,9 @@ def feed(cache, T, group=2):
     for layer in cache.layers:
         B, heads, _, width = layer.store["keys"].shape
         noise = torch.randn(3, B, heads * group, T, width)
-        layer.append(noise[0, :, :heads], noise[1, :, :heads], positions)
+        tiny.put(layer, noise[0, :, :heads], noise[1, :, :heads], positions)
         mass = torch.rand(B, heads, layer.length) ** 6 * layer.valid() if layer.scored else None
-        layer.observe(noise[2], mass)
+        tiny.observe(layer, noise[2], mass)
     cache.advance(T)
     return cache
 
@@ -312,10 +314,10 @@ def test_rasr_is_the_decayed_sum_of_what_each_token_received(steps, gamma):
     def run(gamma):
         cache = cache_of(heads=1, scored=True)
         layer = cache.layers[0]
-        layer.append(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), torch.arange(3)[None])
+        tiny.put(layer, torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), torch.arange(3)[None])
         for mass in steps:
             cache.decay(gamma)
-            layer.observe(None, torch.tensor([[mass]]))
+            tiny.observe(layer, None, torch.tensor([[mass]]))
         return layer.scores[0, 0].tolist()
 
     columns = list(zip(*steps, strict=True))
@@ -344,11 +346,11 @@ def test_scores_outlast_a_narrow_cache(dtype, gamma):
     """32,000 steps in a half-precision cache: scores are float32, finite, and still exact."""
     cache = cache_of(batch=2, dtype=dtype, scored=True)
     layer = cache.layers[0]
-    layer.append(*torch.ones(2, 2, 3, 5, 4, dtype=dtype), torch.arange(5).expand(2, 5))
+    tiny.put(layer, *torch.ones(2, 2, 3, 5, 4, dtype=dtype), torch.arange(5).expand(2, 5))
     mass = torch.tensor([6.0, 0, 1, 2, 2**-14]).expand(2, 3, 5)
     for _ in range(32_000):
         cache.decay(gamma)
-        layer.observe(None, mass)
+        tiny.observe(layer, None, mass)
     assert layer.keys.dtype == dtype
     assert layer.scores.dtype == torch.float32
     total = 32_000 if gamma == 1 else 1 / (1 - gamma)

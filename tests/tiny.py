@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from lethe_mini.attention import causal_mask
+from lethe_mini.cache import write
 from lethe_mini.config import ModelConfig
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
@@ -93,3 +95,18 @@ def command(*argv, **options):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     argv = [sys.executable, "-c", MAIN, *map(str, argv)]
     return subprocess.Popen(argv, env=env, **options)
+
+
+def put(layer, k, v, positions):
+    """Stores T tokens in a LayerCache as the model does; the mask of their queries."""
+    store, slots = layer.reserve(k.shape[2])
+    write(store, slots, k, v, positions)
+    return causal_mask(slots, store["keys"].shape[2])
+
+
+def observe(layer, q=None, mass=None):
+    """What the model leaves in a LayerCache after a step: mass (B, H_kv, S), q (B, H, T, D)."""
+    if mass is not None:
+        layer.scores.add_(mass)
+    if q is not None:
+        layer.remember(q)

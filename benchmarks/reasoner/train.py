@@ -6,8 +6,8 @@
 Problems come from lethe_mini/tasks.py; those of a step follow from the seed and the step's number
 alone, so a run that was stopped goes on exactly as it would have. Nothing is ever seen twice. The
 loss is taken on the chain, never on the prompt. Texts begin short, where looking things up is
-learned at once or not at all, and grow by a quarter whenever 98.5 % of every
-family's words are right.
+learned at once or not at all, and grow by a quarter whenever 98 % of every family's words are
+right.
 Evaluation draws from other seeds (evaluate.py).
 """
 
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from lethe_mini import model as model_module
 from lethe_mini.config import ModelConfig
 from lethe_mini.model import Transformer
 from lethe_mini.tasks import FAMILIES, REGISTERS, ROOMS, WORDS, problem
@@ -53,9 +54,9 @@ CONFIG = {
     "dtype": "float32",
 }
 # Words of prompt and chain that a family takes at least, and for each step: about.
-WORDS_TAKEN = {"walk": (60, 24.0), "sum": (14, 12.5), "run": (20, 27.0)}
+WORDS_TAKEN = {"walk": (60, 24.0), "sum": (40, 14.2), "run": (20, 27.0)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
-MASTERED, TEXTS = 0.985, 100  # texts grow once the last 100 of each family were so right
+MASTERED, TEXTS = 0.98, 100  # texts grow once the last 100 of each family were so right
 
 
 def encode(text: str) -> list[int]:
@@ -148,8 +149,6 @@ def build(seed: int) -> Transformer:
             torch.nn.init.normal_(weight, std=0.1 if "embed" in name else spread)
     look_back(model)
     look_up(model)
-    for block in model.layers:
-        block.attend = attend
     return model
 
 
@@ -159,19 +158,16 @@ GROUP = CONFIG["num_attention_heads"] // CONFIG["num_key_value_heads"]  # than 2
 
 @torch.no_grad()
 def look_back(model: Transformer, strength: float = 6.5) -> None:
-    """Biases in layer 0: query heads 0 to 3 see the word 1 to 4 back, whatever it is.
+    """Biases in layer 0: query head n of group 0 sees the word n + 1 back, whatever it is.
 
     A key of the same angle everywhere, and a query turned back by n + 1 positions: their product
     is largest where RoPE has turned the two apart by just that.
     """
     first = model.layers[0].self_attn
-    heads = GROUP + 1  # one of them in the second group, whose keys then have to take part
-    first.k_proj.weight *= 0.1  # whatever the words are
-    first.q_proj.weight[: heads * D] *= 0.1
-    first.k_proj.bias.view(-1, D)[:, :SLOW] = (
-        strength  # of the pairs (i, i + D/2) those that turn fast
-    )
-    for head in range(heads):
+    first.k_proj.weight[:D] *= 0.1  # whatever the words are
+    first.q_proj.weight[: GROUP * D] *= 0.1
+    first.k_proj.bias[:SLOW] = strength  # of the pairs (i, i + D/2) those that turn fast
+    for head in range(GROUP):
         angle = -(head + 1) * model.inv_freq[:SLOW]
         first.q_proj.bias[head * D :][:SLOW] = strength * angle.cos()
         first.q_proj.bias[head * D + D // 2 :][:SLOW] = strength * angle.sin()
@@ -252,6 +248,7 @@ class Run:
 
 
 def train(run: Run, args: argparse.Namespace) -> None:
+    model_module.attend = attend
     forward = torch.compile(run.model, dynamic=True) if args.compile else run.model
     families = dict(zip(FAMILIES, args.weights, strict=True))
     # words right, words, texts all right, texts

@@ -1,0 +1,508 @@
+"""What a policy's choice is worth: the same text read, the same number of tokens kept.
+
+    python benchmarks/quality.py prose  [--split choose|report] [--budget 128 10% ...] [--quick]
+    python benchmarks/quality.py needle [--split choose|report] [--budget 128 10% ...] [--quick]
+
+`prose`: nats per token on Python's own help texts, teacher-forced, and agreement with the full
+cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the full
+cache's distribution. `needle`: a fact stated once in prose, asked for after more prose; how likely
+the answer is, and how often it would be written greedily.
+
+Texts for choosing (a default, a parameter) and for reporting have no paragraph in common. Every
+policy has the same prompt, interval and sinks; the share of recent tokens is its own. Budgets are
+tokens per layer, or a percentage of the text. What is kept is measured: a choice with a breakpoint
+may keep less than its budget, and then its budget is raised until what it keeps is within 2 % of
+the others. Intervals are 95 %, by bootstrap over blocks of text (or over questions); gaps are
+paired, block by block. With --lines FILE a run that was interrupted goes on where it was. Memory,
+beside the model's: the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from memory import hardware
+from reading import SPLITS, Reader, stretches, token_stream
+from results import Lines, mean_with_interval
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lethe_mini import Engine, Lethe
+from lethe_mini.baselines import POLICIES
+from lethe_mini.errors import UserError
+from lethe_mini.policy import FullKV, Policy
+
+TOLERANCE, TRIES = 0.02, 5  # of what a budget allows; readings of a text to come that near
+
+# The parts of Lethe one by one. All parameters that are varied are written out, so that a name
+# means the same whatever the defaults are.
+PLAIN = {
+    "knee": "none",
+    "allocation": "uniform",
+    "gamma": 0.98,
+    "granularity": "layer",
+    "value_norm": False,
+}
+CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
+    "full": (FullKV, {}),
+    **{name: (POLICIES[name], {}) for name in ("random", "streaming", "h2o", "tova")},
+    **{name: (POLICIES[name], {}) for name in ("snapkv", "pyramidkv", "rkv")},
+    "lethe": (Lethe, {}),
+    "paper": (Lethe.paper, {}),
+    "uniform": (Lethe, PLAIN),
+    "hoyer": (Lethe, PLAIN | {"allocation": "hoyer"}),
+    "inverse": (Lethe, PLAIN | {"allocation": "inverse_hoyer"}),
+    "pyramid": (Lethe, PLAIN | {"allocation": "pyramid"}),
+    "slow": (Lethe, PLAIN | {"gamma": 0.995}),
+    "head": (Lethe, PLAIN | {"granularity": "head"}),
+    "values": (Lethe, PLAIN | {"value_norm": True}),
+    "slow-head": (Lethe, PLAIN | {"gamma": 0.995, "granularity": "head"}),
+    "combined": (
+        Lethe,
+        {
+            "knee": "none",
+            "allocation": "inverse_hoyer",
+            "gamma": 0.995,
+            "granularity": "head",
+            "value_norm": True,
+        },
+    ),
+}
+
+
+@dataclass
+class Cell:
+    """A choice under one condition. policy: None where `why` it cannot be."""
+
+    choice: str
+    budget: str  # as asked for
+    protect: bool
+    policy: Policy | None
+    why: str = ""
+
+    def facts(self) -> dict:
+        """The policy's name and every parameter."""
+        return {"name": self.policy.name, **asdict(self.policy)}
+
+
+def tokens_of(budget: str, length: int) -> int:
+    """ "128" is tokens, "10%" a part of a text of so many."""
+    return round(length * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
+
+
+def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
+    """Every choice at every budget, unprotected and protected; the full cache once, first."""
+    cells = [Cell("full", "", False, FullKV())]
+    for budget in args.budget:
+        for protect in {"no": [False], "yes": [True], "both": [False, True]}[args.protect]:
+            for choice in args.choice:
+                make, changes = CHOICES[choice]
+                common = {"interval": args.interval, "sinks": args.sinks, "protect_prompt": protect}
+                cell = Cell(choice, budget, protect, None)
+                try:
+                    tokens = tokens_of(budget, length)
+                    policy = make(budget=tokens, **common, **changes)
+                    policy.check(args.prompt)
+                    cell.policy = policy
+                except UserError as error:
+                    cell.why = str(error).partition(";")[0]
+                cells.append(cell)
+    return cells
+
+
+def at_equal_budget(policy: Policy, start: int | None, read: Callable[[Policy], dict]) -> dict:
+    """Reads with the budget, `start` at first, at which as much is kept as the policy's allows.
+
+    read(policy) -> a result with `rounds`: (tokens seen, tokens kept) of each; they become their
+    means, `kept` and what was `allowed`. `nominal` is the budget it was read with.
+    """
+    budget = getattr(policy, "budget", None)
+    nominal = start or budget
+    for _ in range(TRIES):
+        result = read(policy if budget is None else replace(policy, budget=nominal))
+        rounds = result.pop("rounds")
+        kept = sum(held for _, held in rounds) / len(rounds)
+        allowed = sum(min(seen, budget or seen) for seen, _ in rounds) / len(rounds)
+        result |= {"kept": kept, "allowed": allowed, "nominal": nominal}
+        if abs(kept / allowed - 1) <= TOLERANCE:
+            break
+        nominal = round(nominal * allowed / kept)
+    return result
+
+
+class Bench:
+    """Runs what is not in the lines yet; cell by cell within a text, the full cache first."""
+
+    def __init__(self, engine: Engine, lines: Lines, prompt: int):
+        self.engine, self.lines, self.prompt = engine, lines, prompt
+        self.nominal: dict[str, int] = {}  # per policy, where the last text's budget ended
+
+    def key(self, cell: Cell, **facts) -> dict:
+        """All that a result depends on."""
+        engine = self.engine
+        dtype = str(engine.dtype).removeprefix("torch.")
+        run = {"model": engine.name, "dtype": dtype, "device": engine.device.type}
+        return {**run, "prompt": self.prompt, "policy": cell.facts(), **facts}
+
+    def result(self, cell: Cell, read: Callable[[Policy], dict], **facts) -> dict:
+        """The cell's result for one text, from the lines or by reading it."""
+        policy = json.dumps(cell.facts())
+        key = self.key(cell, **facts)
+        result = self.lines.get(key)
+        if result is None:
+            start = self.nominal.get(policy)
+            result = self.lines.put(key, at_equal_budget(cell.policy, start, read))
+        self.nominal[policy] = result["nominal"]
+        return result
+
+    def results(self, cells: list[Cell], readings: Iterable, count: int) -> list[list[dict]]:
+        """For every cell the results of all `count` texts; none for a cell that cannot be.
+
+        readings: for every text, what reads it under a policy, and the facts that name it.
+        """
+        able = [cell for cell in cells if cell.policy is not None]
+        found: list[list[dict]] = [[] for _ in cells]
+        with tqdm(total=len(able) * count, unit="reading", disable=None) as bar:
+            for read, facts in readings:
+                for cell, results in zip(cells, found, strict=True):
+                    if cell.policy is not None:
+                        results.append(self.result(cell, read, **facts))
+                        bar.update()
+        return found
+
+
+def rows_of(cells: list[Cell], found: list[list[dict]]) -> list[dict]:
+    """What every row says of its cell: the choice, and the tokens kept, allowed and asked for, as
+    means over texts; or why it cannot be."""
+    rows = []
+    for cell, results in zip(cells, found, strict=True):
+        row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
+        if cell.policy is None:
+            row["error"] = cell.why
+        else:
+            row["policy"] = cell.facts()
+            for name in ("kept", "allowed", "nominal"):
+                row[name] = sum(one[name] or 0 for one in results) / len(results)
+        rows.append(row)
+    return rows
+
+
+def digest(ids: list[int]) -> str:
+    """Names a text."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+# -- prose -----------------------------------------------------------------------------------------
+
+
+class Prose:
+    """One stretch of text. Of its ids the last is only predicted."""
+
+    def __init__(self, bench: Bench, ids: list[int], block: int):
+        self.bench, self.ids, self.block = bench, ids, block
+        self.full: torch.Tensor | None = None  # log-probabilities (T, vocab), once needed
+
+    def log_probs(self, reader: Reader) -> Iterable[torch.Tensor]:
+        """Of what follows every token behind the prompt, in chunks (T, vocab)."""
+        prompt = self.bench.prompt
+        for _ in reader.read(self.ids[:prompt], last_only=True):
+            pass
+        for logits in reader.read(self.ids[prompt:-1]):
+            yield logits.log_softmax(dim=-1)
+
+    @torch.inference_mode()
+    def read(self, policy: Policy) -> dict:
+        """Sums over blocks of `block` tokens: nats, KL from the full cache in nats, agreements."""
+        bench = self.bench
+        if self.full is None:
+            full = self.log_probs(Reader(bench.engine, FullKV(), bench.prompt))
+            self.full = torch.cat(list(full))
+        reader, done = Reader(bench.engine, policy, bench.prompt), 0
+        targets = torch.tensor(self.ids[bench.prompt + 1 :], device=self.full.device)
+        columns: dict[str, list[torch.Tensor]] = {"nats": [], "kl": [], "agree": []}
+        for ours in self.log_probs(reader):
+            theirs = self.full[done : done + len(ours)]
+            right = targets[done : done + len(ours), None]
+            columns["nats"].append(-ours.gather(-1, right)[:, 0])
+            columns["kl"].append((theirs.exp() * (theirs - ours)).sum(-1))
+            columns["agree"].append((ours.argmax(-1) == theirs.argmax(-1)).float())
+            done += len(ours)
+        blocks = {name: torch.cat(parts).split(self.block) for name, parts in columns.items()}
+        sums = {name: [part.sum().item() for part in parts] for name, parts in blocks.items()}
+        counts = [len(part) for part in blocks["nats"]]
+        return {**sums, "tokens": counts, "rounds": reader.rounds}
+
+
+def run_prose(
+    bench: Bench, cells: list[Cell], texts: list[list[int]], block: int, rival: str = "random"
+) -> list[dict]:
+    """A row per cell: figures with their intervals; `over_rival` is against that choice under the
+    same condition."""
+    readings = (  # one after the other: a text holds the full cache's log-probabilities
+        (Prose(bench, ids, block).read, {"task": "prose", "text": digest(ids), "block": block})
+        for ids in texts
+    )
+    found = bench.results(cells, readings, len(texts))
+    joined = [
+        {name: [x for one in ones for x in one[name]] for name in ("nats", "kl", "agree", "tokens")}
+        for ones in found
+    ]
+    rows = rows_of(cells, found)
+    for cell, row, mine in zip(cells, rows, joined, strict=True):
+        if cell.policy is None:
+            continue
+        for name in ("nats", "kl", "agree"):
+            row[name] = mean_with_interval(mine[name], mine["tokens"])
+        row["gap"] = difference(mine, joined[0], "nats")
+        condition = (cell.budget, cell.protect)
+        rivals = [
+            theirs
+            for other, theirs in zip(cells, joined, strict=True)
+            if other.choice == rival and (other.budget, other.protect) == condition
+        ]
+        row["over_rival"] = difference(mine, rivals[0], "nats") if rivals else None
+    return rows
+
+
+def difference(mine: dict, theirs: dict, name: str) -> list[float]:
+    """[mean, low, high] of mine less theirs, paired block by block."""
+    less = [a - b for a, b in zip(mine[name], theirs[name], strict=True)]
+    return mean_with_interval(less, mine["tokens"])
+
+
+# -- needle ----------------------------------------------------------------------------------------
+
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "grey", "brown", "purple", "orange"]
+THINGS = [
+    "lighthouse",
+    "harbour",
+    "castle",
+    "bridge",
+    "garden",
+    "market",
+    "library",
+    "station",
+    "tower",
+    "mill",
+]
+
+
+@dataclass
+class Needle:
+    """ids: prose with the fact in it, and the question; answer: what should follow."""
+
+    ids: list[int]
+    answer: list[int]
+    haystack: int  # tokens that the fact is somewhere in
+    distance: int  # tokens from the fact's end to the answer
+
+
+def make_needle(
+    engine: Engine, prose: list[int], haystack: int, later: int, prompt: int, rng: random.Random
+) -> Needle:
+    """A fact somewhere in `haystack` tokens of prose but behind the prompt, `later` tokens more,
+    and the question."""
+    name = f"{rng.choice(COLOURS)} {rng.choice(THINGS)}"
+    number = rng.randrange(1000, 10000)
+
+    def encode(text: str) -> list[int]:
+        return engine.text.encode(text, add_special_tokens=False)
+
+    fact = encode(f"\n\nThe secret number of the {name} is {number}.\n\n")
+    question = encode(f"\n\nThe secret number of the {name} is")
+    length = haystack - len(fact) + later
+    first = rng.randrange(len(prose) - length + 1)
+    prose = prose[first : first + length]
+    place = rng.randint(prompt, haystack - len(fact))
+    ids = prose[:place] + fact + prose[place:] + question
+    return Needle(ids, encode(f" {number}"), haystack, len(ids) - place - len(fact))
+
+
+class Recall:
+    """One needle, looked for."""
+
+    def __init__(self, bench: Bench, needle: Needle):
+        self.bench, self.needle = bench, needle
+
+    @torch.inference_mode()
+    def read(self, policy: Policy) -> dict:
+        """The answer's probability, and whether it is what greedy decoding writes."""
+        bench, needle = self.bench, self.needle
+        reader = Reader(bench.engine, policy, bench.prompt)
+        *_, last = reader.read(needle.ids, last_only=True)
+        # The answer's last token predicts nothing. As long as all are the likeliest, what is forced
+        # is what would have been written.
+        logits = torch.cat([last[-1:], *reader.read(needle.answer[:-1])]).log_softmax(dim=-1)
+        right = torch.tensor(needle.answer, device=logits.device)
+        log_prob = logits.gather(-1, right[:, None]).sum()
+        match = bool((logits.argmax(-1) == right).all())
+        return {"probability": log_prob.exp().item(), "match": match, "rounds": reader.rounds}
+
+
+def run_needle(bench: Bench, cells: list[Cell], needles: list[Needle]) -> list[dict]:
+    """A row per cell: recall with its interval, over the needles."""
+    readings = (
+        (
+            Recall(bench, needle).read,
+            {"task": "needle", "text": digest(needle.ids), "answer": needle.answer},
+        )
+        for needle in needles
+    )
+    found = bench.results(cells, readings, len(needles))
+    rows, ones = rows_of(cells, found), [1] * len(needles)
+    for cell, row, mine in zip(cells, rows, found, strict=True):
+        if cell.policy is None:
+            continue
+        for name in ("match", "probability"):
+            values = [float(one[name]) for one in mine]
+            less = [x - float(full[name]) for x, full in zip(values, found[0], strict=True)]
+            row[name] = mean_with_interval(values, ones)
+            row[f"{name}_less_full"] = mean_with_interval(less, ones)
+    return rows
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+HEADS = {
+    "prose": {
+        "nats": "nats/token",
+        "gap": "over full",
+        "over_rival": "over rival",
+        "agree": "same top-1",
+        "kl": "KL",
+    },
+    "needle": {
+        "match": "recall",
+        "match_less_full": "less full's",
+        "probability": "probability",
+        "probability_less_full": "less full's",
+    },
+}
+
+
+def table(task: str, rows: list[dict]) -> str:
+    """Markdown; what is measured is a mean and its interval."""
+    names = HEADS[task]
+    lines = [
+        "| choice | prompt | budget | holds | " + " | ".join(names.values()) + " |",
+        "|---|---|---:|---:|" + "---|" * len(names),
+    ]
+    for row in rows:
+        prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
+        start = f"| {row['choice']} | {prompt} | {row['budget']} |"
+        if "error" in row:
+            lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
+            continue
+        cells = [show(row[name]) for name in names]
+        lines.append(f"{start} {row['kept']:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def show(value: list[float] | None) -> str:
+    return "" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+
+
+QUICK = {  # a few minutes on two cores, all in all
+    "prose": {"texts": 1, "tokens": 640, "budget": ["25%"]},
+    "needle": {"needles": 4, "haystack": [500], "budget": ["25%"]},
+}
+QUICK_CHOICES = ["random", "streaming", "lethe"]
+
+
+def budget(text: str) -> str:
+    """A budget as it may be asked for; else ValueError, which argparse reports."""
+    tokens_of(text, 1)
+    return text
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    tasks = parser.add_subparsers(dest="task", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--model", default="demo", help="default: %(default)s")
+    add("--device", default="auto", help="default: %(default)s")
+    add("--dtype", default="float32", help="default: %(default)s")
+    add("--split", choices=SPLITS, default="report", help="which half of the texts")
+    add("--seed", type=int, default=0, help="of the halves and the needles (default: 0)")
+    choices = [name for name in CHOICES if name != "full"]
+    add("--choice", nargs="+", default=choices, choices=choices, help="default: all")
+    add("--budget", nargs="+", type=budget, default=["5%", "10%", "25%", "50%"], help="see above")
+    add("--protect", choices=["no", "yes", "both"], default="both", help="keep the whole prompt?")
+    add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
+    add("--interval", type=int, default=128, help="tokens between rounds (default: %(default)s)")
+    add("--sinks", type=int, default=4, help="default: %(default)s")
+    add("--lines", type=Path, help="JSON Lines file to write to, and to go on with")
+    add("--json", type=Path, help="also write the figures, with every setting, to this file")
+    add("--quick", action="store_true", help="few choices and texts: minutes")
+    prose = tasks.add_parser("prose", parents=[shared], help="nats per token, agreement")
+    prose.add_argument("--texts", type=int, default=10, help="default: %(default)s")
+    prose.add_argument("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
+    prose.add_argument(
+        "--rival", default="random", choices=choices, help="whom to compare with (default: random)"
+    )
+    prose.add_argument("--block", type=int, default=128, help="tokens that are drawn together")
+    needle = tasks.add_parser("needle", parents=[shared], help="recall of a fact")
+    needle.add_argument("--needles", type=int, default=100, help="of each length (default: 100)")
+    needle.add_argument("--haystack", type=int, nargs="+", default=[500, 1000, 2000, 4000])
+    needle.add_argument("--later", type=int, default=500, help="tokens read after the haystack")
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(QUICK[args.task], choice=QUICK_CHOICES)
+    shortest = args.tokens if args.task == "prose" else min(args.haystack)
+    if not 0 < args.prompt <= shortest - 64:
+        parser.error(f"--prompt should be from 1 to {shortest - 64}, not {args.prompt}")
+    return args
+
+
+def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
+    """The rows of a task; for needles, those of one haystack after the other."""
+    bench = Bench(engine, Lines(args.lines), args.prompt)
+    if args.task == "prose":
+        texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
+        return run_prose(bench, make_cells(args, args.tokens), texts, args.block, args.rival)
+    prose, rows = token_stream(engine, args.split, args.seed), []
+    for haystack in args.haystack:
+        needles = [
+            make_needle(
+                engine,
+                prose,
+                haystack,
+                args.later,
+                args.prompt,
+                random.Random(f"{args.split}-{args.seed}-{haystack}-{number}"),
+            )
+            for number in range(args.needles)
+        ]
+        cells = make_cells(args, haystack + args.later)
+        rows += [row | {"haystack": haystack} for row in run_needle(bench, cells, needles)]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    try:
+        engine = Engine.from_pretrained(args.model, args.device, args.dtype)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    rows = run(engine, args)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
+    for haystack in args.haystack if args.task == "needle" else [None]:
+        if haystack is not None:
+            print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
+        print(table(args.task, [row for row in rows if row.get("haystack") == haystack]), "\n")
+    if args.json is not None:
+        facts = {"settings": settings, "hardware": hardware(), "rows": rows}
+        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Results that survive an interruption, and intervals around them."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+DRAWS = 10_000  # bootstrap samples: the ends of a 95 % interval then move by about 1 % of its width
+
+
+class Lines:
+    """A JSON Lines file of (key, result); each line is on the disk before the next one is begun.
+
+    A key holds every setting that the result depends on, so that a file may be gone on with after
+    an interruption, with other settings, or with more texts. It does not know the code: after a
+    change there, begin a new file. Without a path nothing is kept.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path, self.found = path, {}
+        if path is None or not path.exists():
+            return
+        whole = path.read_bytes()
+        ended = whole[: whole.rfind(b"\n") + 1]  # what killed us may have cut the last line short
+        if len(ended) < len(whole):
+            os.truncate(path, len(ended))
+        for line in ended.decode().splitlines():
+            entry = json.loads(line)
+            self.found[_name(entry["key"])] = entry["result"]
+
+    def get(self, key: dict) -> dict | None:
+        return self.found.get(_name(key))
+
+    def put(self, key: dict, result: dict) -> dict:
+        self.found[_name(key)] = result
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "result": result}) + "\n")
+        return result
+
+
+def _name(key: dict) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def mean_with_interval(sums: Sequence, counts: Sequence, seed: int = 0) -> list[float]:
+    """[mean, low, high]: the mean over all items and its 95 % interval by block bootstrap.
+
+    sums, counts: (blocks,), the sum over a block's items and how many they are. Neighbours in a
+    text are alike, so what is drawn, with replacement, are blocks and not items. For a paired
+    interval give the blocks' differences as `sums`.
+    """
+    sums, counts = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(DRAWS, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(sums.sum() / counts.sum()), float(low), float(high)]

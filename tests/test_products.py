@@ -1,0 +1,70 @@
+"""The quick products equal the plain ones: for one row, few and many, in every dtype."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lethe_mini import products
+from lethe_mini.products import FEW, Linear, grouped_logits, grouped_values
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+SEEDS = st.integers(0, 2**32)
+
+
+def near(mine, right, dtype):
+    """Within a few roundings of `dtype`, relative to the largest number."""
+    eps = 8 * torch.finfo(dtype).eps
+    atol = eps * right.abs().max().clamp(min=1e-3).item()
+    torch.testing.assert_close(mine.double(), right, atol=atol, rtol=0)
+
+
+@given(
+    lead=st.sampled_from([(1,), (1, 1), (3,), (2, 5), (FEW,), (FEW + 1,), (7, 1, 11), (0,)]),
+    sizes=st.tuples(st.integers(1, 29), st.integers(1, 31)),
+    bias=st.booleans(),
+    dtype=DTYPES,
+    seed=SEEDS,
+)
+def test_linear_is_a_product(lead, sizes, bias, dtype, seed):
+    torch.manual_seed(seed)
+    layer = Linear(*sizes, bias=bias).to(dtype).requires_grad_(False)
+    x = torch.randn(*lead, sizes[0]).to(dtype)
+    y = layer(x)
+    assert y.shape == (*lead, sizes[1])
+    assert y.dtype == dtype
+    right = x.double() @ layer.weight.double().t() + (layer.bias.double() if bias else 0)
+    if y.numel():
+        near(y, right, dtype)
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, n) for n in (3, 2, 4, 19, 9)]),
+    loops=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=SEEDS,
+)
+def test_grouped_products_are_products(shape, loops, dtype, seed):
+    """As matrix products and as the loops that a compiler is given."""
+    torch.manual_seed(seed)
+    B, H_kv, G, S, D = shape
+    q, k = torch.randn(B, H_kv, G, D).to(dtype), torch.randn(B, H_kv, S, D).to(dtype)
+    weights = torch.rand(B, H_kv, G, S).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_fusing", lambda x: loops)
+        logits, values = grouped_logits(q, k), grouped_values(weights.float(), k)
+    assert logits.dtype == torch.float32
+    assert values.dtype == dtype
+    near(logits, q.double() @ k.double().mT, dtype)
+    near(values, weights.double() @ k.double(), dtype)
+
+
+@given(sizes=st.tuples(st.integers(1, 29), st.integers(1, 31)), seed=SEEDS)
+def test_rows_from_four_places_are_all_rows(sizes, seed):
+    """What the compiler is given for one row, fewer rows of weights than four included."""
+    torch.manual_seed(seed)
+    weight, x = torch.randn(*sizes), torch.randn(sizes[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        y = products._matrix_vector(weight, x)
+    near(y, weight.double() @ x.double(), torch.float32)
