@@ -6,6 +6,7 @@ no labels handed over, and it takes the chain apart line by line.
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -53,46 +54,58 @@ def solve_walk(text):
 
 
 def solve_sum(text):
-    head, *items = text.removesuffix(" :").split(" . ")
-    first, last, places = re.match(r"sum (\d+) to (\d+) 10\^0 to 10\^(\d)$", head).groups()
-    written = {int(item.split()[0]): item.split()[:0:-1] for item in items}
-    assert list(written) == list(range(int(first), int(last) + 1))
-    assert {len(digits) for digits in written.values()} == {int(places) + 1}
-    total = str(sum(int("".join(digits)) for digits in written.values()))
+    first, last, digits = re.match(r"sum (\d+) to (\d+) : (.*) :$", text).groups()
+    items = re.findall(r"(\d+) (\d) (\.|10\^\d) ?", digits)
+    assert " ".join(map(" ".join, items)) == digits
+    assert [int(label) for label, _, _ in items] == list(range(int(first), int(last) + 1))
+    columns = [[]]
+    for label, digit, behind in items:
+        columns[-1].append((label, int(digit), behind))
+        if behind != ".":
+            assert behind == f"10^{len(columns) - 1}"
+            columns.append([])
+    assert columns.pop() == []  # the last digit ends its column
+    assert len(columns) >= 2
     lines, count = [], 0  # count: what has been added in this place and carried into it
-    for place in range(int(places) + 1):
-        power = f"10^{place}"
-        lines.append(f"{power} from {count} = {count % 10} carry {count // 10}")
-        for label, digits in written.items():
-            digit = int(digits[-1 - place])
+    for place, column in enumerate(columns):
+        lines.append(f"10^{place} {count % 10} carry {count // 10}")
+        for label, digit, behind in column:
             before, count = count, count + digit
-            lines.append(
-                f"{label} {power} {digit} + {before % 10} = {count % 10} carry {count // 10}"
-            )
-        lines.append(f"total {power} {count % 10}")
+            done = f"{digit} + {before % 10} = {count % 10} carry {count // 10}"
+            lines.append(f"{label} {digit} {behind} {done}")
+        lines.append(f"total 10^{place} {count % 10}")
         count //= 10
-    total = total.zfill(int(places) + 2)
-    cut = len(total) - int(places) - 1
-    answer = [f"answer carry {int(total[:cut])}"]
-    answer += [f"total 10^{int(places) - i} {digit}" for i, digit in enumerate(total[cut:])]
+    total = sum(
+        10**place * digit for place, column in enumerate(columns) for _, digit, _ in column
+    )
+    carry, rest = divmod(total, 10 ** len(columns))
+    answer = [f"answer carry {carry}"]
+    for place, digit in enumerate(str(rest).zfill(len(columns))[::-1]):
+        answer.insert(1, f"total 10^{place} {digit}")
     return [*lines, " ".join(answer)]
 
 
 def solve_run(text):
-    first, last = re.match(r"run (\d+) to (\d+) \.", text).groups()
-    values = {name: int(digit) for name, digit in re.findall(r"\. (\w\d) (\d)", text)}
-    program = re.findall(r"(\d+) (\w\d) = (\w\d) ([-+*]) (\w\d)", text)
-    assert [int(line[0]) for line in program] == list(range(int(first), int(last) + 1))
+    head, *items = text.removesuffix(" :").split(" . ")
+    first, last, total = map(int, re.match(r"run (\d+) to (\d+) from (\d)$", head).groups())
+    *items, ask = items
+    count = last - first + 1
+    values = {name: int(digit) for name, digit in map(str.split, items[:-count])}
     lines = []
-    for label, name, a, sign, b in program:
-        assert name not in values
-        values[name] = eval(f"{values[a]} {sign} {values[b]}") % 10
-        reads = f"{a} {values[a]} {b} {values[b]}"
-        done = f"{values[a]} {sign} {values[b]} = {values[name]} {name} {values[name]}"
-        lines.append(f"{label} {name} = {a} {sign} {b} : {reads} : {done}")
-    asked = text.removesuffix(" :").rpartition("ask ")[2].split()
-    assert len(set(asked)) == 3
-    return [*lines, "answer " + " ".join(f"{name} {values[name]}" for name in asked)]
+    for label, item in zip(range(first, last + 1), items[-count:], strict=True):
+        named, word, name = item.split()
+        assert int(named) == label
+        if word == "set":
+            assert name not in values
+            values[name] = total
+            lines.append(f"{item} {total}")
+        else:
+            old, total = total, eval(f"{total} {word} {values[name]}") % 10
+            lines.append(f"{item} {values[name]} : {old} {word} {values[name]} = {total}")
+    asked = ask.removeprefix("ask ").split()
+    assert len(set(asked)) == len(asked) == min(3, len(values))
+    answer = [f"total {total}"] + [f"{name} {values[name]}" for name in asked]
+    return [*lines, "answer " + " ".join(answer)]
 
 
 SOLVERS = {"walk": solve_walk, "sum": solve_sum, "run": solve_run}
@@ -104,6 +117,16 @@ def test_chain_and_answer_are_those_of_an_independent_solver(one):
     assert one.chain.split("\n") == lines
     assert lines[-1] == f"answer {one.answer}"
     assert check(one, one.chain)
+
+
+def test_the_examples_of_the_document_are_of_today():
+    text = (Path(__file__).parents[1] / "docs" / "QUALITY.md").read_text(encoding="utf-8")
+    shown = re.search(r"```text\n(walk .*?)\n```", text, re.DOTALL)[1].split("\n\n")
+    assert [one.split()[0] for one in shown] == list(FAMILIES)
+    for one in shown:
+        prompt, *lines = one.split("\n")
+        assert SOLVERS[prompt.split()[0]](prompt) == lines
+    assert f"A vocabulary of {len(WORDS) + 1} words" in text  # and the end of the text
 
 
 @given(families, st.integers(), st.integers(4, 60))
@@ -156,6 +179,13 @@ def test_a_walk_of_50_steps_rarely_goes_round_in_circles():
         distinct.append(len({line.partition(" ")[2] for line in chain}))
     assert min(distinct) >= 20
     assert sorted(distinct)[10] >= 40  # three in four
+
+
+@given(drawn)
+def test_no_line_of_a_chain_stands_there_twice(one):
+    """So a line that is written again is a sign of a loop."""
+    lines = one.chain.split("\n")
+    assert len(set(lines)) == len(lines)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
