@@ -57,3 +57,13 @@ def mean_with_interval(sums: Sequence, counts: Sequence, seed: int = 0) -> list[
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return [float(sums.sum() / counts.sum()), float(low), float(high)]
+
+
+def wilson(solved: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share."""
+    z, share = 1.96, solved / of
+    middle, half = (
+        share + z * z / (2 * of),
+        z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5,
+    )
+    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)

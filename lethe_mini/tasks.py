@@ -143,7 +143,7 @@ def _sum(rng: random.Random, size: int) -> tuple[list, list, list]:
     """Columns of digits, ones first; every digit but the last of a column has a stop behind it."""
     columns = rng.randint(2, max(2, min(len(POWERS), size // 4)))
     labels = _labels(rng, size)
-    ends = sorted(rng.sample(labels[1:-1], columns - 1)) + [labels[-1]]
+    ends = [*sorted(rng.sample(labels[1:-1], columns - 1)), labels[-1]]
     facts, chain, results = [], [POWERS[0], 0, "carry", 0, "\n"], []
     total = carry = place = 0
     for label in labels:

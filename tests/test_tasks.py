@@ -75,9 +75,7 @@ def solve_sum(text):
             lines.append(f"{label} {digit} {behind} {done}")
         lines.append(f"total 10^{place} {count % 10}")
         count //= 10
-    total = sum(
-        10**place * digit for place, column in enumerate(columns) for _, digit, _ in column
-    )
+    total = sum(10**place * digit for place, column in enumerate(columns) for _, digit, _ in column)
     carry, rest = divmod(total, 10 ** len(columns))
     answer = [f"answer carry {carry}"]
     for place, digit in enumerate(str(rest).zfill(len(columns))[::-1]):

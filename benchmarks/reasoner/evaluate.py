@@ -9,21 +9,20 @@ the command goes on where that file stopped.
 
 import argparse
 import json
-import random
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chains import draw
+from results import wilson
+
 from lethe_mini import Engine
-from lethe_mini.tasks import BEYOND, FAMILIES, TRAINED, check, problem
-
-
-def draw(family: str, number: int, seed: str, sizes: range):
-    """Problem `number` of a family, of a size that is drawn evenly from `sizes`."""
-    rng = random.Random(f"{seed}-{family}-{number}")
-    return problem(family, rng, rng.choice(sizes))
+from lethe_mini.tasks import BEYOND, FAMILIES, TRAINED, check
 
 
 def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: bool = False):
@@ -37,16 +36,6 @@ def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: boo
             for (number, one), made in zip(part, result.sequences, strict=True):
                 yield number, one, made, made.finish_reason == "stop" and check(one, made.text)
             bar.update(len(part))
-
-
-def wilson(solved: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share."""
-    z, share = 1.96, solved / of
-    middle, half = (
-        share + z * z / (2 * of),
-        z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5,
-    )
-    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
 
 
 def table(lines: list[dict]) -> str:
