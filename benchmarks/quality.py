@@ -19,9 +19,9 @@ own. Budgets are tokens per layer, or a percentage of the text (reason.py says o
 kept is measured: a choice with a breakpoint may keep less than its budget, and then its budget is
 raised until what it keeps is within 2 % of the others. Intervals are 95 %, by bootstrap over blocks
 of text (or over questions; of a share of problems Wilson's); gaps are paired, block by block. With
---lines FILE a run that was interrupted goes on where it was, and files of several runs, one behind the other, are as one run's: so two
-cores take two families at once. Memory of `prose`, beside the model's: the full cache's
-log-probabilities of one text, tokens x vocabulary x 4 bytes.
+--lines FILE a run that was interrupted goes on where it was, and files of several runs, one behind
+the other, are as one run's: so two cores take two families at once. Memory of `prose`, beside the
+model's: the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
 """
 
 import argparse
@@ -432,10 +432,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
     if args.task == "reason":
         reason.show_tables(rows)
-    for haystack in {"needle": args.haystack, "prose": [None]}.get(args.task, []):
-        if haystack is not None:
-            print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
-        print(table(args.task, [row for row in rows if row.get("haystack") == haystack]), "\n")
+    elif args.task == "prose":
+        print(table(args.task, rows), "\n")
+    for haystack in args.haystack if args.task == "needle" else []:
+        mine = [row for row in rows if row["haystack"] == haystack]
+        print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
+        print(table(args.task, mine), "\n")
     if args.json is not None:
         facts = {"settings": settings, "hardware": hardware(), "rows": rows}
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -47,9 +47,8 @@ def solve_walk(text):
         odd = ["even", "odd"][y % 2]
         lines.append(f"{line}{odd} {room} {exits[room, odd]}")
         room = exits[room, odd]
-    a, b = re.search(r"ask (\w) (\w) :$", text).groups()
-    assert a != b
-    lines.append(f"answer x {x} y {y} note {a} {notes[a]} note {b} {notes[b]}")
+    asked = re.search(r"\. note (\w) :$", text)[1]
+    lines.append(f"answer x {x} y {y} note {asked} {notes[asked]}")
     return lines
 
 
@@ -85,25 +84,27 @@ def solve_sum(text):
 
 def solve_run(text):
     head, *items = text.removesuffix(" :").split(" . ")
-    first, last, total = map(int, re.match(r"run (\d+) to (\d+) from (\d)$", head).groups())
-    *items, ask = items
-    count = last - first + 1
-    values = {name: int(digit) for name, digit in map(str.split, items[:-count])}
-    lines = []
-    for label, item in zip(range(first, last + 1), items[-count:], strict=True):
-        named, word, name = item.split()
-        assert int(named) == label
-        if word == "set":
+    first, total = map(int, re.match(r"run (\d+) from (\d)$", head).groups())
+    values, lines, label = {}, [], first
+    for item in items:
+        if re.match(r"\w\d \d$", item):  # a register that is given, before the first line
+            assert not lines
+            values[item[:2]] = int(item[3])
+            continue
+        number, word, name = item.split()
+        assert int(number) == label
+        label += 1
+        if word == "answer":
+            assert item == items[-1]
+            lines.append(f"{item} {values[name]} total {total}")
+        elif word == "set":
             assert name not in values
             values[name] = total
             lines.append(f"{item} {total}")
         else:
             old, total = total, eval(f"{total} {word} {values[name]}") % 10
             lines.append(f"{item} {values[name]} : {old} {word} {values[name]} = {total}")
-    asked = ask.removeprefix("ask ").split()
-    assert len(set(asked)) == len(asked) == min(3, len(values))
-    answer = [f"total {total}"] + [f"{name} {values[name]}" for name in asked]
-    return [*lines, "answer " + " ".join(answer)]
+    return lines
 
 
 SOLVERS = {"walk": solve_walk, "sum": solve_sum, "run": solve_run}
@@ -113,7 +114,7 @@ SOLVERS = {"walk": solve_walk, "sum": solve_sum, "run": solve_run}
 def test_chain_and_answer_are_those_of_an_independent_solver(one):
     lines = SOLVERS[one.family](one.prompt)
     assert one.chain.split("\n") == lines
-    assert lines[-1] == f"answer {one.answer}"
+    assert lines[-1].partition("answer ")[2] == one.answer
     assert check(one, one.chain)
 
 

@@ -69,7 +69,9 @@ def recall(rng: random.Random, length: float) -> tuple[list[int], list[int], lis
     A chain asks for a fact every ten words or so, and a model that cannot look anything up yet
     learns little from it. Here every second or third word is a lookup; only those count.
     """
-    most = rng.randint(3, min(75, max(4, int(length / 9))))  # of few each is found by chance at first
+    most = rng.randint(
+        3, min(75, max(4, int(length / 9)))
+    )  # of few each is found by chance at first
     if rng.random() < 0.5:
         names = rng.sample(ROOMS, max(2, most // 3))
         facts = [
