@@ -54,7 +54,7 @@ CONFIG = {
     "dtype": "float32",
 }
 # Words of prompt and chain that a family takes at least, and for each step: about.
-WORDS_TAKEN = {"walk": (60, 24.0), "sum": (40, 14.2), "run": (32, 13.2)}
+WORDS_TAKEN = {"walk": (60, 24.0), "sum": (46, 12.4), "run": (32, 13.2)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
 MASTERED, TEXTS = 0.98, 100  # texts grow once the last 100 of each family were so right
 
@@ -69,9 +69,7 @@ def recall(rng: random.Random, length: float) -> tuple[list[int], list[int], lis
     A chain asks for a fact every ten words or so, and a model that cannot look anything up yet
     learns little from it. Here every second or third word is a lookup; only those count.
     """
-    most = rng.randint(
-        3, min(75, max(4, int(length / 9)))
-    )  # of few each is found by chance at first
+    most = rng.randint(3, min(75, max(4, int(length / 9))))  # of few each is found by chance at first
     if rng.random() < 0.5:
         names = rng.sample(ROOMS, max(2, most // 3))
         facts = [
