@@ -217,15 +217,17 @@ def figures(mine: dict, base: dict) -> dict:
     return row
 
 
-def rows_of(arms: list[Arm], found: list[list[dict]], families: list[str], base) -> list[dict]:
-    """A row per arm and family, and one of all families; base(arm): the index of the arm that it is
-    compared with."""
+def rows_of(
+    arms: list[Arm], found: list[list[dict]], families: list[str], base: Callable[[int], int]
+) -> list[dict]:
+    """A row per arm and family, and one of all families; base(index of an arm): of the arm that it
+    is compared with."""
     rows = []
     for family in [*families, "all"] if len(families) > 1 else families:
-        for arm, results in zip(arms, found, strict=True):
+        for index, (arm, results) in enumerate(zip(arms, found, strict=True)):
             mine, theirs = (
                 [one for one in ones if family == "all" or one["family"] == family]
-                for ones in (results, found[base(arm)])
+                for ones in (results, found[base(index)])
             )
             row = {"family": family, "choice": arm.choice, "budget": arm.budget}
             row["protect"] = arm.protect
@@ -268,7 +270,7 @@ def table(rows: list[dict], base: str = "full") -> str:
             lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
             continue
         cells = [show(row.get(name)) for name in names]
-        lines.append(f"{start} {row['share']:.1%} | " + " | ".join(cells) + " |")
+        lines.append(f"{start} {row['held']:.0f}, {row['share']:.1%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -283,4 +285,4 @@ def run(engine: Engine, args) -> list[dict]:
     bench = Bench(engine, Lines(args.lines), not args.read, args.room, whole=True)
     arms = arms_of(args)
     found = bench.results(arms, *all_batches(engine, args))
-    return rows_of(arms, found, args.families, base=lambda arm: 0)
+    return rows_of(arms, found, args.families, base=lambda index: 0)

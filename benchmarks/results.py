@@ -59,11 +59,10 @@ def mean_with_interval(sums: Sequence, counts: Sequence, seed: int = 0) -> list[
     return [float(sums.sum() / counts.sum()), float(low), float(high)]
 
 
-def wilson(solved: int, of: int) -> tuple[float, float]:
+def wilson(good: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a share."""
-    z, share = 1.96, solved / of
-    middle, half = (
-        share + z * z / (2 * of),
-        z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5,
-    )
-    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+    z, share = 1.96, good / of
+    middle = share + z * z / (2 * of)
+    half = z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5
+    low, high = (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+    return max(0.0, low), min(1.0, high)
