@@ -54,7 +54,7 @@ CONFIG = {
     "dtype": "float32",
 }
 # Words of prompt and chain that a family takes at least, and for each step: about.
-WORDS_TAKEN = {"walk": (60, 24.0), "sum": (40, 14.2), "run": (32, 13.2)}
+WORDS_TAKEN = {"walk": (60, 24.0), "sum": (46, 12.4), "run": (32, 13.2)}
 SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
 MASTERED, TEXTS = 0.98, 100  # texts grow once the last 100 of each family were so right
 
