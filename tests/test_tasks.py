@@ -26,14 +26,13 @@ drawn = st.builds(draw, families, st.integers(0, 2**32), st.floats(0, 1))
 
 
 def solve_walk(text):
-    first, last, room, x, y = re.match(
-        r"walk (\d+) to (\d+) from (\w) x (\d) y (\d) \.", text
-    ).groups()
+    first, room, x, y = re.match(r"walk (\d+) from (\w) x (\d) y (\d) \.", text).groups()
+    last, asked = re.search(r"\. (\d+) answer note (\w) :$", text).groups()
     digits = {name: int(digit) for name, digit in re.findall(r"digit (\w) (\d)", text)}
     exits = {(name, odd): to for odd, name, to in re.findall(r"(odd|even) (\w) (\w)", text)}
     assert len(digits) * 2 == len(exits)
     x, y, notes, lines = int(x), int(y), {}, []
-    for label in range(int(first), int(last) + 1):
+    for label in range(int(first), int(last)):
         new = room not in notes
         add = digits[room] if new else notes[room]
         line = f"{label} {room} {'digit' if new else 'note'} {room} {add} "
@@ -47,39 +46,38 @@ def solve_walk(text):
         odd = ["even", "odd"][y % 2]
         lines.append(f"{line}{odd} {room} {exits[room, odd]}")
         room = exits[room, odd]
-    asked = re.search(r"\. note (\w) :$", text)[1]
-    lines.append(f"answer x {x} y {y} note {asked} {notes[asked]}")
+    lines.append(f"{last} answer note {asked} {notes[asked]} x {x} y {y}")
     return lines
 
 
 def solve_sum(text):
-    first, last, digits = re.match(r"sum (\d+) to (\d+) : (.*) :$", text).groups()
-    items = re.findall(r"(\d+) (\d) (\.|10\^\d) ?", digits)
-    assert " ".join(map(" ".join, items)) == digits
-    assert [int(label) for label, _, _ in items] == list(range(int(first), int(last) + 1))
-    columns = [[]]
-    for label, digit, behind in items:
-        columns[-1].append((label, int(digit), behind))
-        if behind != ".":
-            assert behind == f"10^{len(columns) - 1}"
+    head, *items = text.removesuffix(" :").split(" . ")
+    label = int(re.match(r"sum (\d+) = 0 carry 0$", head)[1])
+    columns, lines, count = [[]], [], 0  # count: what has been added in this place or carried there
+    for item in items:
+        number, *words = item.split()
+        assert int(number) == label
+        label += 1
+        if words == ["answer"]:
+            assert item == items[-1]
+        elif words[0] == "total":
+            assert words[1:] == [f"10^{len(columns) - 1}"]
+            before, count = count, count // 10
+            carried = f"{before % 10} carry {before // 10} = {count % 10} carry {count // 10}"
+            lines.append(f"{item} {carried}")
             columns.append([])
-    assert columns.pop() == []  # the last digit ends its column
+        else:
+            before, count = count, count + int(words[0])
+            lines.append(f"{item} + {before % 10} = {count % 10} carry {count // 10}")
+            columns[-1].append(int(words[0]))
+    assert columns.pop() == []  # a total behind the last digit
     assert len(columns) >= 2
-    lines, count = [], 0  # count: what has been added in this place and carried into it
-    for place, column in enumerate(columns):
-        lines.append(f"10^{place} {count % 10} carry {count // 10}")
-        for label, digit, behind in column:
-            before, count = count, count + digit
-            done = f"{digit} + {before % 10} = {count % 10} carry {count // 10}"
-            lines.append(f"{label} {digit} {behind} {done}")
-        lines.append(f"total 10^{place} {count % 10}")
-        count //= 10
-    total = sum(10**place * digit for place, column in enumerate(columns) for _, digit, _ in column)
+    assert all(columns)
+    total = sum(10**place * sum(column) for place, column in enumerate(columns))
     carry, rest = divmod(total, 10 ** len(columns))
-    answer = [f"answer carry {carry}"]
-    for place, digit in enumerate(str(rest).zfill(len(columns))[::-1]):
-        answer.insert(1, f"total 10^{place} {digit}")
-    return [*lines, " ".join(answer)]
+    digits = str(rest).zfill(len(columns))
+    totals = [f"total 10^{len(columns) - 1 - i} {digit}" for i, digit in enumerate(digits)]
+    return [*lines, " ".join([f"{items[-1]} = {carry % 10} carry {carry // 10}", *totals])]
 
 
 def solve_run(text):
