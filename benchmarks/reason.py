@@ -121,7 +121,7 @@ class Bench:
             result |= {"family": batch.family, "numbers": list(batch.numbers)}
             result |= {"right": [len(chain) for chain in batch.chains]}
             self.lines.put(key, result)
-        return result
+        return result | {"policy": facts | {"nominal": result.get("nominal")}}
 
     def _way(self, batch: Batch) -> Callable[[Policy], dict]:
         if self.writes:
@@ -230,12 +230,18 @@ def rows_of(
                 for ones in (results, found[base(index)])
             )
             row = {"family": family, "choice": arm.choice, "budget": arm.budget}
-            row["protect"] = arm.protect
+            row["protect"] = arm.changes.get("protect_prompt", arm.protect)
             errors = [one["error"] for one in mine + theirs if "error" in one]
             if errors:
                 rows.append(row | {"error": errors[0]})
-            else:
-                rows.append(row | figures(columns(mine), columns(theirs)))
+                continue
+            facts = [one["policy"] for one in mine]
+            values = {name: [one[name] for one in facts] for name in facts[0]}
+            row["policy"] = {  # a list where it differs from batch to batch
+                name: each if any(value != each[0] for value in each) else each[0]
+                for name, each in values.items()
+            }
+            rows.append(row | figures(columns(mine), columns(theirs)))
     return rows
 
 
