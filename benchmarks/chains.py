@@ -11,7 +11,7 @@ import copy
 import random
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import torch
@@ -92,8 +92,9 @@ class Batch:
 
     def write(self, policy: Policy, room: float) -> dict:
         """Greedy decoding, of at most `room` times the right chain's tokens. Per problem: was the
-        answer right, was the chain, tokens written, did it loop, did the room end it. `held` and
-        `full`: slots per layer, mean over steps, held and in a full cache."""
+        answer right, was the chain, and up to which token; tokens written, did it loop, did the
+        room end it. `held` and `full`: slots per layer, mean over steps, held and in a full
+        cache."""
         limits = [round(room * len(chain)) for chain in self.chains]
         made = self.engine.generate(self.prompts, policy, limits)
         pairs = list(zip(made.sequences, self.problems, strict=True))
@@ -101,6 +102,10 @@ class Batch:
         return {
             "solved": [one.finish_reason == "stop" and check(p, one.text) for one, p in pairs],
             "exact": [one.finish_reason == "stop" and one.text == p.chain for one, p in pairs],
+            "first": [
+                sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*both, strict=False)))
+                for both in zip((one.token_ids for one, _ in pairs), self.chains, strict=True)
+            ],
             "tokens": tokens,
             "looped": [loops(one.text) for one, _ in pairs],
             "truncated": [one.finish_reason != "stop" for one, _ in pairs],

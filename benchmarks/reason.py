@@ -199,6 +199,8 @@ def figures(mine: dict, base: dict) -> dict:
         "share": mine["held"] / mine["full"],
         "exact": share("exact"),
     }
+    reach = [first / right for first, right in zip(mine["first"], mine["right"], strict=True)]
+    row |= {"less_exact": less("exact", ones), "reach": mean_with_interval(reach, ones)}
     if "solved" in mine:
         row |= {
             "solved": share("solved"),
@@ -208,8 +210,6 @@ def figures(mine: dict, base: dict) -> dict:
             "truncated": share("truncated"),
         }
         return row
-    reach = [first / right for first, right in zip(mine["first"], mine["right"], strict=True)]
-    row |= {"less_exact": less("exact", ones), "reach": mean_with_interval(reach, ones)}
     if mine["tokens"] == mine["right"] == base["tokens"]:  # all was read
         row["wrong"] = mean_with_interval(mine["wrong"], mine["right"])
         row["nats"] = mean_with_interval(mine["nats"], mine["right"])
@@ -248,6 +248,7 @@ def rows_of(
 WRITTEN = {
     "solved": "accuracy",
     "less_solved": "less full's",
+    "reach": "right up to",
     "length": "length / right length",
     "looped": "loops",
     "truncated": "cut off",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -130,13 +131,13 @@ def test_writing_says_how_it_ended(engine, monkeypatch):
     """Right only where the text ended by itself; its length, and whether it was cut off."""
     batch = some_batch(engine)
     right = [one.chain for one in batch.problems]
-    texts = [right[0], right[1].replace("answer", "answer 7 answer"), right[2] + " 1"]
-    texts[1] = f"nonsense\n{batch.problems[1].chain.splitlines()[-1]}"
+    texts = [right[0], f"nonsense\n{right[1].splitlines()[-1]}", right[2]]
     made = engine.generate([[1], [2], [3]], max_new_tokens=1)
-    for one, text, reason_, tokens in zip(
-        made.sequences, texts, ("stop", "stop", "length"), (5, 7, 11), strict=True
-    ):
-        one.text, one.finish_reason, one.generated_tokens = text, reason_, tokens
+    ends = ("stop", "stop", "length")
+    for one, text, end, tokens in zip(made.sequences, texts, ends, (5, 7, 11), strict=True):
+        one.text, one.finish_reason, one.generated_tokens = text, end, tokens
+    for one, chain, count in zip(made.sequences, batch.chains, (5, 0, 3), strict=True):
+        one.token_ids = chain[:count] + [256] * 2 * (count < 5)
     asked = []
     monkeypatch.setattr(engine, "generate", lambda *args, **_: asked.append(args) or made)
     written = batch.write(FullKV(), 1.5)
@@ -144,6 +145,7 @@ def test_writing_says_how_it_ended(engine, monkeypatch):
     assert written["exact"] == [True, False, False]
     assert written["truncated"] == [False, False, True]
     assert written["tokens"] == [5, 7, 11]
+    assert written["first"] == [5, 0, 3]
     assert asked[0][2] == [round(1.5 * len(chain)) for chain in batch.chains]
 
 
@@ -422,3 +424,12 @@ def test_ablation_from_the_command_line(small, tmp_path, capsys):
             ablation.main(wrong)
     with pytest.raises(SystemExit, match="no such folder"):
         ablation.main(["--model", "./nowhere"])
+
+
+def test_the_commands_of_the_document_are_understood():
+    text = (Path(__file__).parents[1] / "docs" / "QUALITY.md").read_text(encoding="utf-8")
+    parsers = {"quality.py": quality.arguments, "ablation.py": ablation.arguments}
+    found = re.findall(r"^python benchmarks/(quality|ablation)\.py (.*)$", text, re.MULTILINE)
+    assert len(found) >= 8
+    for name, options in found:
+        parsers[f"{name}.py"](options.partition(" #")[0].split())
