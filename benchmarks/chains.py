@@ -93,10 +93,12 @@ class Batch:
     def write(self, policy: Policy, room: float) -> dict:
         """Greedy decoding, of at most `room` times the right chain's tokens. Per problem: was the
         answer right, was the chain, and up to which token; tokens written, did it loop, did the
-        room end it. `held` and `full`: slots per layer, mean over steps, held and in a full
+        room end it. `held` and `full`: slots per layer, mean over `steps`, held and in a full
         cache."""
         limits = [round(room * len(chain)) for chain in self.chains]
         made = self.engine.generate(self.prompts, policy, limits)
+        if any(one.finish_reason == "interrupted" for one in made.sequences):
+            raise KeyboardInterrupt  # which the engine answers with what there is
         pairs = list(zip(made.sequences, self.problems, strict=True))
         tokens = [one.generated_tokens for one, _ in pairs]
         return {
@@ -111,6 +113,7 @@ class Batch:
             "truncated": [one.finish_reason != "stop" for one, _ in pairs],
             "held": made.stats.kv_tokens_mean,
             "full": self.held(tokens),
+            "steps": sum(tokens) - len(tokens),
         }
 
     # -- reading ------------------------------------------------------------------------------
@@ -135,17 +138,18 @@ class Batch:
             """logits (rows, T, vocab) of the chains' tokens from `begin` on."""
             T = logits.shape[1]
             targets = self._tokens(live, begin, T)
-            there = torch.arange(begin, begin + T) < lengths[:, None]
+            slots = torch.arange(begin, begin + T, device=self.engine.device)
+            there = slots < lengths[:, None]
             costs = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0] * there
             missed = (logits.argmax(-1) != targets) & there
-            places = torch.where(missed, torch.arange(begin, begin + T), 10**9)
+            places = slots.where(missed, 10**9)
             rows = zip(live, costs.sum(1).tolist(), missed.sum(1).tolist(), strict=True)
             for (row, cost, misses), place in zip(rows, places.amin(1).tolist(), strict=True):
                 nats[row] += cost
                 wrong[row] += misses
                 first[row] = min(first[row], place)
 
-        lengths = torch.tensor([len(chain) for chain in self.chains])
+        lengths = torch.tensor([len(chain) for chain in self.chains], device=self.engine.device)
         note(last, 0)
         while live:
             T = min(interval - read % interval, CHUNK)
@@ -153,9 +157,7 @@ class Batch:
             logits = read_on(self.engine, policy, cache, self._tokens(live, read, T))
             note(logits, read + 1)
             for row, slots in zip(live, before, strict=True):
-                n = min(
-                    T, len(self.chains[row]) - 1 - read
-                )  # those that count; the end is not read
+                n = min(T, len(self.chains[row]) - 1 - read)  # what is last is never read
                 held += n * slots / len(cache.layers) + n * (n + 1) / 2
                 tokens[row] += n
             read += T
@@ -177,12 +179,14 @@ class Batch:
             "tokens": tokens,
             "held": held / (sum(tokens) - count),
             "full": self.held(tokens),
+            "steps": sum(tokens) - count,
         }
 
     def _tokens(self, rows: list[int], begin: int, T: int) -> Tensor:
         """(rows, T): tokens of the chains from `begin` on, then zeros."""
         parts = [self.chains[row][begin : begin + T] for row in rows]
-        return torch.tensor([part + [0] * (T - len(part)) for part in parts])
+        padded = [part + [0] * (T - len(part)) for part in parts]
+        return torch.tensor(padded, device=self.engine.device)
 
     def prefilled(self, policy: Policy) -> tuple[KVCache, Tensor]:
         """A cache that holds the prompts, as no round has touched it yet, and the logits behind
@@ -193,7 +197,8 @@ class Batch:
             for ids in self.prompts:
                 cache = self.engine.new_cache(policy)
                 cache.prompt = [len(ids)]
-                logits.append(self.engine.model(torch.tensor([ids]), cache=cache, last_only=True))
+                tokens = torch.tensor([ids], device=self.engine.device)
+                logits.append(self.engine.model(tokens, cache=cache, last_only=True))
                 caches.append(cache)
             while len(caches) > 1:  # by halves: every join moves all it has
                 pairs = [caches[i : i + 2] for i in range(0, len(caches), 2)]

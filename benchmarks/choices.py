@@ -104,7 +104,7 @@ def at_equal_budget(
         result = read(policy if budget is None else replace(policy, budget=nominal))
         kept, allowed = measure(result, budget)
         result |= {"kept": kept, "allowed": allowed, "nominal": nominal}
-        if abs(kept / allowed - 1) <= TOLERANCE:
+        if abs(kept - allowed) <= TOLERANCE * allowed:
             break
         nominal = round(nominal * allowed / kept)
     return result

@@ -7,7 +7,7 @@
 `reason`: the reasoner solves problems; how often it is right, how long its chains are, how often
 they loop (a line stands there three times, or the text ends in three copies of the same words) or
 are cut off (at `--room` times the right length). With `--read` it is given the right chains, and
-the likeliest next token is looked at: twice as fast, and equal, for a chain is unique (chains.py).
+the likeliest next token is looked at: faster, and equal, for a chain is unique (chains.py).
 `prose`: nats per token on Python's own help texts, teacher-forced, and agreement with the full
 cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the full
 cache's distribution. `needle`: a fact stated once in prose, asked for after more prose; how likely
@@ -369,6 +369,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = solve.add_argument
     add("--room", type=float, default=1.2, help="most tokens, of a right chain's (%(default)s)")
     add("--read", action="store_true", help="read right chains, do not write")
+    add("--until-wrong", action="store_true", help="with --read: leave a chain at its first error")
     prose = tasks.add_parser("prose", help="nats per token, agreement")
     shared(prose, "demo", 128, choices)
     add = prose.add_argument
@@ -388,6 +389,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.quick:
         vars(args).update(QUICK[args.task], choice=QUICK_CHOICES)
     if args.task == "reason":
+        if args.until_wrong and not args.read:
+            parser.error("--until-wrong is a way to --read")
         return args
     shortest = args.tokens if args.task == "prose" else min(args.haystack)
     if not 0 < args.prompt <= shortest - 64:

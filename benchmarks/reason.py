@@ -10,7 +10,6 @@ holds at the same tokens.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from chains import Batch, batches
 from choices import CHOICES, at_equal_budget, digest, show, tokens_of
@@ -67,12 +66,13 @@ def arms_of(args) -> list[Arm]:
     return arms
 
 
-def measured(batch: Batch, arm: Arm, way: Callable[[Policy], dict], writes: bool) -> dict:
+def measured(batch: Batch, arm: Arm, way: Callable[[Policy], dict], whole: bool) -> dict:
     """The batch's result under the arm, with the budget at which as much is held as is allowed.
 
-    Where a breakpoint may keep less, that budget is found by reading: writing takes twice as long.
+    whole: `way` reads the right chains from end to end. Else that budget is found beforehand: by
+    reading where a breakpoint may keep less, otherwise by counting.
     """
-    policy = arm.policy(batch)
+    policy, right = arm.policy(batch), [len(chain) for chain in batch.chains]
 
     def measure(result: dict, budget: int | None) -> tuple[float, float]:
         """Without the tokens since the last round, on average, of which no budget knows."""
@@ -80,14 +80,20 @@ def measured(batch: Batch, arm: Arm, way: Callable[[Policy], dict], writes: bool
         allowed = batch.held(result["tokens"], budget, arm.interval)
         return result["held"] - between, allowed - between
 
-    if not writes:
-        return at_equal_budget(policy, None, way, measure)
-    nominal = policy.budget if policy.name != "full" else None
-    if isinstance(policy, Lethe) and policy.knee != "none":
-        nominal = at_equal_budget(policy, None, batch.read, measure)["nominal"]
+    def count(policy: Policy) -> dict:
+        budget, interval = getattr(policy, "budget", None), getattr(policy, "interval", 1)
+        return {"tokens": right, "held": batch.held(right, budget, interval)}
+
+    breaks = isinstance(policy, Lethe) and policy.knee != "none"
+    found = at_equal_budget(policy, None, batch.read if whole or breaks else count, measure)
+    if whole:
+        return found
+    nominal = found["nominal"]
     result = way(policy if nominal is None else replace(policy, budget=nominal))
-    kept, allowed = measure(result, getattr(policy, "budget", None))
-    return result | {"kept": kept, "allowed": allowed, "nominal": nominal}
+    if "solved" not in result:  # chains were left early: it holds what it would have, to their ends
+        result |= {"held": found["held"], "full": batch.held(right)}
+        result["steps"] = sum(right) - len(right)
+    return result | {"nominal": nominal}
 
 
 class Bench:
@@ -95,9 +101,9 @@ class Bench:
 
     def __init__(self, engine: Engine, lines: Lines, writes: bool, room: float, whole: bool):
         self.engine, self.lines = engine, lines
-        self.writes, self.room, self.whole = writes, room, whole
+        self.writes, self.room, self.whole = writes, room, whole and not writes
         weights = sorted(resolve(engine.name).glob("*.safetensors"))
-        sums = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in weights]
+        sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]
         dtype = str(engine.dtype).removeprefix("torch.")
         self.facts = {"weights": digest(sums), "dtype": dtype, "device": engine.device.type}
         self.facts |= {"room": room} if writes else {"whole": whole}
@@ -115,7 +121,7 @@ class Bench:
         result = self.lines.get(key)
         if result is None:
             try:
-                result = measured(batch, arm, self._way(batch), self.writes)
+                result = measured(batch, arm, self._way(batch), self.whole)
             except UserError as error:  # a budget that had to be lowered too far
                 result = {"error": str(error).partition(";")[0]}
             result |= {"family": batch.family, "numbers": list(batch.numbers)}
@@ -166,14 +172,13 @@ def all_batches(engine: Engine, args) -> tuple[Iterator[Batch], int]:
 
 
 def columns(results: list[dict]) -> dict:
-    """Batches put one behind the other: lists are joined; `held` and `full` become sums over steps,
-    which are counted."""
+    """Batches put one behind the other: lists are joined; `held` and `full` become sums over
+    steps."""
     joined: dict = {"held": 0.0, "full": 0.0, "steps": 0}
     for one in results:
-        steps = sum(one["tokens"]) - len(one["tokens"])
-        joined["steps"] += steps
-        joined["held"] += one["held"] * steps
-        joined["full"] += one["full"] * steps
+        joined["steps"] += one["steps"]
+        joined["held"] += one["held"] * one["steps"]
+        joined["full"] += one["full"] * one["steps"]
         for name, value in one.items():
             if isinstance(value, list):
                 joined.setdefault(name, []).extend(value)
@@ -289,7 +294,7 @@ def show_tables(rows: list[dict], base: str = "full") -> None:
 
 
 def run(engine: Engine, args) -> list[dict]:
-    bench = Bench(engine, Lines(args.lines), not args.read, args.room, whole=True)
+    bench = Bench(engine, Lines(args.lines), not args.read, args.room, not args.until_wrong)
     arms = arms_of(args)
     found = bench.results(arms, *all_batches(engine, args))
     return rows_of(arms, found, args.families, base=lambda index: 0)

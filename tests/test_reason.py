@@ -149,6 +149,16 @@ def test_writing_says_how_it_ended(engine, monkeypatch):
     assert asked[0][2] == [round(1.5 * len(chain)) for chain in batch.chains]
 
 
+def test_an_interrupted_batch_is_no_result(engine, monkeypatch):
+    """The engine gives back what there is; that is not to be taken for an answer."""
+    batch = some_batch(engine)
+    made = engine.generate([[1], [2], [3]], max_new_tokens=1)
+    made.sequences[1].finish_reason = "interrupted"
+    monkeypatch.setattr(engine, "generate", lambda *args, **_: made)
+    with pytest.raises(KeyboardInterrupt):
+        batch.write(FullKV(), 1.5)
+
+
 words = st.lists(st.sampled_from("abcd"), min_size=1, max_size=20)
 
 
@@ -237,22 +247,28 @@ def test_as_much_is_held_whatever_the_breakpoint_and_the_interval(engine, change
     """As much as a policy may that keeps its budget, with a round every 4 tokens."""
     batch, base = some_batch(engine), arm("lethe", **changes)
     allowed = batch.held(list(map(len, batch.chains)), base.policy(batch).budget, 4)
-    result = reason.measured(batch, base, batch.read, writes=False)
+    result = reason.measured(batch, base, batch.read, whole=True)
     assert result["held"] == pytest.approx(allowed, rel=2 * choices.TOLERANCE)
     if changes != {"knee": "none"}:
         assert result["nominal"] != base.policy(batch).budget
+    early = reason.measured(batch, base, lambda policy: batch.read(policy, False), whole=False)
+    assert early["exact"] == result["exact"]
+    assert early["tokens"] < result["tokens"]
+    for name in ("nominal", "full", "steps"):  # although chains are left at their first error
+        assert early[name] == result[name]
+    assert early["held"] == pytest.approx(result["held"])
 
 
 def test_writing_takes_the_budget_that_reading_found(engine):
     batch, one = some_batch(engine), arm("lethe", knee="segment", tau=1.05)
-    found = reason.measured(batch, one, batch.read, writes=False)["nominal"]
+    found = reason.measured(batch, one, batch.read, whole=True)["nominal"]
     asked = []
 
     def write(policy):
         asked.append(policy)
         return batch.read(policy)
 
-    reason.measured(batch, one, write, writes=True)
+    reason.measured(batch, one, write, whole=False)
     assert [policy.budget for policy in asked] == [found]
 
 
@@ -282,6 +298,7 @@ def test_figures_are_paired_and_weighted_by_their_steps(monkeypatch):
             "right": [count] * 20,
             "held": held,
             "full": 10.0,
+            "steps": 20 * (count - 1),
         }
         for count, held in ((11, 2.0), (31, 6.0))
     ]
@@ -305,13 +322,13 @@ FEW_PROBLEMS = ["--problems", "3", "--batch", "2", "--families", "walk", "run", 
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("read", [False, True], ids=["write", "read"])
-def test_reason_from_the_command_line(small, tmp_path, capsys, read):
+@pytest.mark.parametrize("way", [[], ["--read"], ["--read", "--until-wrong"]], ids=str)
+def test_reason_from_the_command_line(small, tmp_path, capsys, way):
     """Tables of each family and of all, JSON with every setting, a plot; then from its lines alone,
     also when the families' lines come from two runs."""
     path, lines, svg = (tmp_path / name for name in ("out.json", "lines", "out.svg"))
     few = ["--choice", "random", "lethe", "paper", "--budget", "25%", "--model", str(small)]
-    argv = ["reason", *FEW_PROBLEMS, *few, *(["--read"] if read else [])]
+    argv = ["reason", *FEW_PROBLEMS, *few, *way]
     quality.main([*argv, "--lines", str(lines), "--json", str(path)])
     out, facts = capsys.readouterr().out, json.loads(path.read_text())
     assert facts["settings"]["choice"] == ["random", "lethe", "paper"]
@@ -321,7 +338,8 @@ def test_reason_from_the_command_line(small, tmp_path, capsys, read):
     assert full["share"] == 1
     assert full["problems"] == 6
     assert all(0 < row["share"] < 1 for row in others)
-    assert ("solved" in full) != read
+    assert ("solved" in full) == (not way)
+    assert ("nats" in full) == (way == ["--read"])
     assert others[1]["choice"] == "lethe"
     assert [row["policy"]["protect_prompt"] for row in others] == [False] * 3 + [True] * 3
     parts = []
@@ -339,6 +357,8 @@ def test_reason_from_the_command_line(small, tmp_path, capsys, read):
     text = svg.read_text()
     assert all(f">{name}<" in text for name in ("full", "random", "lethe", "paper"))
     assert plot_quality.main([str(path), str(svg), "--family", "sum"]) == 2
+    with pytest.raises(SystemExit):
+        quality.main(["reason", "--until-wrong"])
 
 
 def test_other_weights_are_another_run(engine, small, tmp_path):

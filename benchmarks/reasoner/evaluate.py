@@ -33,6 +33,8 @@ def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: boo
             part = ordered[first : first + batch]
             limits = [len(engine.text.encode(one.chain)) + 50 for _, one in part]
             result = engine.generate([one.prompt for _, one in part], max_new_tokens=limits)
+            if any(made.finish_reason == "interrupted" for made in result.sequences):
+                raise KeyboardInterrupt  # which the engine answers with what there is
             for (number, one), made in zip(part, result.sequences, strict=True):
                 yield number, one, made, made.finish_reason == "stop" and check(one, made.text)
             bar.update(len(part))
