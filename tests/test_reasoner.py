@@ -93,12 +93,12 @@ def test_lethe_beats_streaming_at_a_quarter_of_the_cache(engine):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_chain_read_goes_wrong_where_one_written_does(engine, family):
-    given = Batch(engine, family, list(enumerate(problems(family, 5))))
-    for protect in (False, True):
-        policy = arm("lethe", protect).policy(given)
-        read, written = given.read(policy), given.write(policy, 1.0)
-        assert read["first"] == written["first"]
-        assert read["exact"] == written["exact"]
+    """Of chains that a pruned cache gets right, and of others."""
+    given = Batch(engine, family, list(enumerate(problems(family, 8))))
+    policy = arm("lethe", True).policy(given)
+    read, written = given.read(policy, whole=False), given.write(policy, 1.0)
+    assert read["first"] == written["first"]
+    assert read["exact"] == written["exact"]
 
 
 def arm(choice, protect):
