@@ -1,32 +1,40 @@
 """What a policy's choice is worth: the same text read, the same number of tokens kept.
 
+    python benchmarks/quality.py reason [--split choose|report] [--budget 10% ...] [--quick]
     python benchmarks/quality.py prose  [--split choose|report] [--budget 128 10% ...] [--quick]
     python benchmarks/quality.py needle [--split choose|report] [--budget 128 10% ...] [--quick]
 
+`reason`: the reasoner solves problems; how often it is right, how long its chains are, how often
+they loop (a line stands there three times, or the text ends in three copies of the same words) or
+are cut off (at `--room` times the right length). With `--read` it is given the right chains, and
+the likeliest next token is looked at: faster, and equal, for a chain is unique (chains.py).
 `prose`: nats per token on Python's own help texts, teacher-forced, and agreement with the full
 cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the full
 cache's distribution. `needle`: a fact stated once in prose, asked for after more prose; how likely
 the answer is, and how often it would be written greedily.
 
-Texts for choosing (a default, a parameter) and for reporting have no paragraph in common. Every
-policy has the same prompt, interval and sinks; the share of recent tokens is its own. Budgets are
-tokens per layer, or a percentage of the text. What is kept is measured: a choice with a breakpoint
-may keep less than its budget, and then its budget is raised until what it keeps is within 2 % of
-the others. Intervals are 95 %, by bootstrap over blocks of text (or over questions); gaps are
-paired, block by block. With --lines FILE a run that was interrupted goes on where it was. Memory,
-beside the model's: the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
+Texts for choosing (a default, a parameter) and for reporting have no paragraph in common, problems
+no seed. Every policy has the same prompt, interval and sinks; the share of recent tokens is its
+own. Budgets are tokens per layer, or a percentage of the text (reason.py says of which). What is
+kept is measured: a choice with a breakpoint may keep less than its budget, and then its budget is
+raised until what it keeps is within 2 % of the others. Intervals are 95 %, by bootstrap over blocks
+of text (or over questions; of a share of problems Wilson's); gaps are paired, block by block. With
+--lines FILE a run that was interrupted goes on where it was, and files of several runs, one behind
+the other, are as one run's: so two cores take two families at once. Memory of `prose`, beside the
+model's: the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
 """
 
 import argparse
-import hashlib
 import json
 import random
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import reason
 import torch
+from choices import BUDGETS, CHOICES, Cell, at_equal_budget, budget_text, digest, show, tokens_of
 from memory import hardware
 from reading import SPLITS, Reader, stretches, token_stream
 from results import Lines, mean_with_interval
@@ -34,67 +42,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lethe_mini import Engine, Lethe
+from lethe_mini import Engine
 from lethe_mini.baselines import POLICIES
 from lethe_mini.errors import UserError
 from lethe_mini.policy import FullKV, Policy
-
-TOLERANCE, TRIES = 0.02, 5  # of what a budget allows; readings of a text to come that near
-
-# The parts of Lethe one by one. All parameters that are varied are written out, so that a name
-# means the same whatever the defaults are.
-PLAIN = {
-    "knee": "none",
-    "allocation": "uniform",
-    "gamma": 0.98,
-    "granularity": "layer",
-    "value_norm": False,
-}
-CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
-    "full": (FullKV, {}),
-    **{name: (POLICIES[name], {}) for name in ("random", "streaming", "h2o", "tova")},
-    **{name: (POLICIES[name], {}) for name in ("snapkv", "pyramidkv", "rkv")},
-    "lethe": (Lethe, {}),
-    "paper": (Lethe.paper, {}),
-    "uniform": (Lethe, PLAIN),
-    "hoyer": (Lethe, PLAIN | {"allocation": "hoyer"}),
-    "inverse": (Lethe, PLAIN | {"allocation": "inverse_hoyer"}),
-    "pyramid": (Lethe, PLAIN | {"allocation": "pyramid"}),
-    "slow": (Lethe, PLAIN | {"gamma": 0.995}),
-    "head": (Lethe, PLAIN | {"granularity": "head"}),
-    "values": (Lethe, PLAIN | {"value_norm": True}),
-    "slow-head": (Lethe, PLAIN | {"gamma": 0.995, "granularity": "head"}),
-    "combined": (
-        Lethe,
-        {
-            "knee": "none",
-            "allocation": "inverse_hoyer",
-            "gamma": 0.995,
-            "granularity": "head",
-            "value_norm": True,
-        },
-    ),
-}
-
-
-@dataclass
-class Cell:
-    """A choice under one condition. policy: None where `why` it cannot be."""
-
-    choice: str
-    budget: str  # as asked for
-    protect: bool
-    policy: Policy | None
-    why: str = ""
-
-    def facts(self) -> dict:
-        """The policy's name and every parameter."""
-        return {"name": self.policy.name, **asdict(self.policy)}
-
-
-def tokens_of(budget: str, length: int) -> int:
-    """ "128" is tokens, "10%" a part of a text of so many."""
-    return round(length * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
 
 
 def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
@@ -115,26 +66,6 @@ def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
                     cell.why = str(error).partition(";")[0]
                 cells.append(cell)
     return cells
-
-
-def at_equal_budget(policy: Policy, start: int | None, read: Callable[[Policy], dict]) -> dict:
-    """Reads with the budget, `start` at first, at which as much is kept as the policy's allows.
-
-    read(policy) -> a result with `rounds`: (tokens seen, tokens kept) of each; they become their
-    means, `kept` and what was `allowed`. `nominal` is the budget it was read with.
-    """
-    budget = getattr(policy, "budget", None)
-    nominal = start or budget
-    for _ in range(TRIES):
-        result = read(policy if budget is None else replace(policy, budget=nominal))
-        rounds = result.pop("rounds")
-        kept = sum(held for _, held in rounds) / len(rounds)
-        allowed = sum(min(seen, budget or seen) for seen, _ in rounds) / len(rounds)
-        result |= {"kept": kept, "allowed": allowed, "nominal": nominal}
-        if abs(kept / allowed - 1) <= TOLERANCE:
-            break
-        nominal = round(nominal * allowed / kept)
-    return result
 
 
 class Bench:
@@ -192,11 +123,6 @@ def rows_of(cells: list[Cell], found: list[list[dict]]) -> list[dict]:
                 row[name] = sum(one[name] or 0 for one in results) / len(results)
         rows.append(row)
     return rows
-
-
-def digest(ids: list[int]) -> str:
-    """Names a text."""
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 # -- prose -----------------------------------------------------------------------------------------
@@ -405,57 +331,67 @@ def table(task: str, rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def show(value: list[float] | None) -> str:
-    return "" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(*value)
-
-
 QUICK = {  # a few minutes on two cores, all in all
     "prose": {"texts": 1, "tokens": 640, "budget": ["25%"]},
     "needle": {"needles": 4, "haystack": [500], "budget": ["25%"]},
+    "reason": {"problems": 10, "budget": ["25%"]},
 }
 QUICK_CHOICES = ["random", "streaming", "lethe"]
 
 
-def budget(text: str) -> str:
-    """A budget as it may be asked for; else ValueError, which argparse reports."""
-    tokens_of(text, 1)
-    return text
+def shared(parser: argparse.ArgumentParser, model: str, interval: int, choices: list[str]) -> None:
+    """What all tasks are asked."""
+    add = parser.add_argument
+    add("--model", default=model, help="default: %(default)s")
+    add("--device", default="auto", help="default: %(default)s")
+    add("--dtype", default="float32", help="default: %(default)s")
+    add("--split", choices=SPLITS, default="report", help="which half of the texts")
+    add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
+    every = [name for name in CHOICES if name != "full"]
+    add("--choice", nargs="+", default=choices, choices=every, metavar="NAME",
+        help=f"of {', '.join(every)}; default: {', '.join(choices)}")  # fmt: skip
+    add("--budget", nargs="+", type=budget_text, default=BUDGETS, help="default: %(default)s")
+    add("--protect", choices=["no", "yes", "both"], default="both", help="keep the whole prompt?")
+    add("--interval", type=int, default=interval, help="tokens between rounds (%(default)s)")
+    add("--sinks", type=int, default=4, help="default: %(default)s")
+    add("--lines", type=Path, help="JSON Lines file to write to, and to go on with")
+    add("--json", type=Path, help="also write the figures, with every setting, to this file")
+    add("--quick", action="store_true", help="few choices and texts: minutes")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add("--model", default="demo", help="default: %(default)s")
-    add("--device", default="auto", help="default: %(default)s")
-    add("--dtype", default="float32", help="default: %(default)s")
-    add("--split", choices=SPLITS, default="report", help="which half of the texts")
-    add("--seed", type=int, default=0, help="of the halves and the needles (default: 0)")
     choices = [name for name in CHOICES if name != "full"]
-    add("--choice", nargs="+", default=choices, choices=choices, help="default: all")
-    add("--budget", nargs="+", type=budget, default=["5%", "10%", "25%", "50%"], help="see above")
-    add("--protect", choices=["no", "yes", "both"], default="both", help="keep the whole prompt?")
+    solve = tasks.add_parser("reason", help="problems solved by a chain of thought")
+    shared(solve, "reasoner", 16, [name for name in choices if name in {*POLICIES, "paper"}])
+    reason.add_problems(solve)
+    add = solve.add_argument
+    add("--room", type=float, default=1.2, help="most tokens, of a right chain's (%(default)s)")
+    add("--read", action="store_true", help="read right chains, do not write")
+    add("--until-wrong", action="store_true", help="with --read: leave a chain at its first error")
+    prose = tasks.add_parser("prose", help="nats per token, agreement")
+    shared(prose, "demo", 128, choices)
+    add = prose.add_argument
     add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
-    add("--interval", type=int, default=128, help="tokens between rounds (default: %(default)s)")
-    add("--sinks", type=int, default=4, help="default: %(default)s")
-    add("--lines", type=Path, help="JSON Lines file to write to, and to go on with")
-    add("--json", type=Path, help="also write the figures, with every setting, to this file")
-    add("--quick", action="store_true", help="few choices and texts: minutes")
-    prose = tasks.add_parser("prose", parents=[shared], help="nats per token, agreement")
-    prose.add_argument("--texts", type=int, default=10, help="default: %(default)s")
-    prose.add_argument("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
-    prose.add_argument(
-        "--rival", default="random", choices=choices, help="whom to compare with (default: random)"
-    )
-    prose.add_argument("--block", type=int, default=128, help="tokens that are drawn together")
-    needle = tasks.add_parser("needle", parents=[shared], help="recall of a fact")
-    needle.add_argument("--needles", type=int, default=100, help="of each length (default: 100)")
-    needle.add_argument("--haystack", type=int, nargs="+", default=[500, 1000, 2000, 4000])
-    needle.add_argument("--later", type=int, default=500, help="tokens read after the haystack")
+    add("--texts", type=int, default=10, help="default: %(default)s")
+    add("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
+    add("--rival", default="random", choices=choices, help="whom to compare with (%(default)s)")
+    add("--block", type=int, default=128, help="tokens that are drawn together (%(default)s)")
+    needle = tasks.add_parser("needle", help="recall of a fact")
+    shared(needle, "demo", 128, choices)
+    add = needle.add_argument
+    add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
+    add("--needles", type=int, default=100, help="of each length (default: 100)")
+    add("--haystack", type=int, nargs="+", default=[500, 1000, 2000, 4000])
+    add("--later", type=int, default=500, help="tokens read after the haystack")
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK[args.task], choice=QUICK_CHOICES)
+    if args.task == "reason":
+        if args.until_wrong and not args.read:
+            parser.error("--until-wrong is a way to --read")
+        return args
     shortest = args.tokens if args.task == "prose" else min(args.haystack)
     if not 0 < args.prompt <= shortest - 64:
         parser.error(f"--prompt should be from 1 to {shortest - 64}, not {args.prompt}")
@@ -464,6 +400,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
     """The rows of a task; for needles, those of one haystack after the other."""
+    if args.task == "reason":
+        return reason.run(engine, args)
     bench = Bench(engine, Lines(args.lines), args.prompt)
     if args.task == "prose":
         texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
@@ -495,10 +433,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = run(engine, args)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
-    for haystack in args.haystack if args.task == "needle" else [None]:
-        if haystack is not None:
-            print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
-        print(table(args.task, [row for row in rows if row.get("haystack") == haystack]), "\n")
+    if args.task == "reason":
+        reason.show_tables(rows)
+    elif args.task == "prose":
+        print(table(args.task, rows), "\n")
+    for haystack in args.haystack if args.task == "needle" else []:
+        mine = [row for row in rows if row["haystack"] == haystack]
+        print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
+        print(table(args.task, mine), "\n")
     if args.json is not None:
         facts = {"settings": settings, "hardware": hardware(), "rows": rows}
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lethe_mini import Engine, attention
+from lethe_mini.cache import KVCache
 from lethe_mini.policy import Policy
 
 CHUNK = 128  # most tokens at once where no round ends a chunk, as in a long prompt
@@ -38,6 +39,18 @@ def fading_mass(weights: Tensor) -> Iterator[None]:
         yield
     finally:
         attention.received_mass = plain
+
+
+def read_on(engine: Engine, policy: Policy, cache: KVCache, tokens: Tensor, **options) -> Tensor:
+    """tokens (B, T) behind the prompt -> logits (B, T, vocab). The cache is left as by T steps of
+    the engine, but for the rounds."""
+    gamma, T = policy.gamma, tokens.shape[1]
+    if gamma is None:
+        return engine.model(tokens, cache=cache, **options)
+    cache.decay(gamma**T)
+    ages = torch.arange(T - 1, -1, -1, device=engine.device)
+    with fading_mass((gamma**ages)[:, None]):
+        return engine.model(tokens, cache=cache, **options)
 
 
 class Reader:
@@ -68,14 +81,10 @@ class Reader:
             ids = ids[T:]
 
     def _chunk(self, ids: list[int], in_prompt: bool, last_only: bool) -> Tensor:
-        cache, gamma, T = self.cache, self.policy.gamma, len(ids)
         tokens = torch.tensor([ids], device=self.engine.device)
-        if gamma is None or in_prompt:
-            return self.engine.model(tokens, cache=cache, last_only=last_only)[0]
-        cache.decay(gamma**T)
-        ages = torch.arange(T - 1, -1, -1, device=self.engine.device)
-        with fading_mass((gamma**ages)[:, None]):
-            return self.engine.model(tokens, cache=cache, last_only=last_only)[0]
+        if in_prompt:
+            return self.engine.model(tokens, cache=self.cache, last_only=last_only)[0]
+        return read_on(self.engine, self.policy, self.cache, tokens, last_only=last_only)[0]
 
     def _round(self, prefilled: bool) -> None:
         cache = self.cache

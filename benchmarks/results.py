@@ -62,3 +62,12 @@ def mean_with_interval(sums: Sequence, counts: Sequence, seed: int = 0) -> list[
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return [float(sums.sum() / counts.sum()), float(low), float(high)]
+
+
+def wilson(good: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share."""
+    z, share = 1.96, good / of
+    middle = share + z * z / (2 * of)
+    half = z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5
+    low, high = (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
+    return max(0.0, low), min(1.0, high)

@@ -2,12 +2,14 @@
 
 The options of the policies, their defaults and their help are read from the dataclasses. Text goes
 to standard output as it is made, the report to standard error. What a user can mend ends in one
-line and exit code 2; Ctrl-C keeps the text so far and ends with 130.
+line and exit code 2; Ctrl-C keeps the text so far and ends with 130. Without a model and a prompt
+the small reasoner that ships with the package solves a problem made from the seed.
 """
 
 import argparse
 import json
 import os
+import random
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +22,7 @@ from .errors import UserError
 from .lens import write_page
 from .policy import Lethe, Policy
 from .sampling import check_sampling
+from .tasks import FAMILIES, TRAINED, Problem, check, problem
 from .trace import Trace
 
 # Options that go to Engine.generate as they are; in a conversation less those of a batch.
@@ -28,6 +31,7 @@ GENERATE = (
     "raw", "positions", "prefill_chunk",
 )  # fmt: skip
 BATCH = ("num_samples", "batch_size", "raw")
+MAX_NEW_TOKENS, SPARE = 512, 50  # SPARE: beyond what a right solution takes
 PROMPT = "Explain, step by step, why the sky is blue and sunsets are red."
 
 
@@ -42,14 +46,16 @@ def build_parser() -> argparse.ArgumentParser:
         "(arXiv 2511.06029), prunes its KV cache."
     )
     add = parser.add_argument
-    add("--model", default="demo", help="folder, hub id, or demo (default: %(default)s)")
+    add("--model", help="folder, hub id, reasoner or demo (default: reasoner, which sets itself a "
+        "problem; with a prompt, demo)")  # fmt: skip
     add("--revision", help="branch, tag or commit of a hub id")
     add("--prompt", action="append", help="a prompt; several are one batch")
     add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt, id, ...")
     add("--interactive", action="store_true", help="a chat that keeps its cache; /exit ends it")
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", help="a system message before the prompt")
-    add("--max-new-tokens", type=int, default=512, help="at most so many (default: %(default)s)")
+    add("--max-new-tokens", type=int, help=f"at most so many (default: {MAX_NEW_TOKENS}); without "
+        "a prompt the reasoner takes what its problem does")  # fmt: skip
     add("--ignore-eos", action="store_true", help="write on after the end of text")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="sample from this share (default: %(default)s)")
@@ -139,6 +145,24 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts or [Prompt(1, PROMPT)]
 
 
+def own_problem(args: argparse.Namespace) -> Problem | None:
+    """What the reasoner is to solve where nothing was asked: made from the seed alone."""
+    asked = args.prompt or args.prompt_file is not None or args.interactive
+    if asked or args.model not in (None, "reasoner"):
+        return None
+    rng = random.Random(args.seed)
+    family = rng.choice(list(FAMILIES))
+    return problem(family, rng, rng.choice(TRAINED[family]))
+
+
+def verdict(own: Problem, result) -> str:
+    """Was the problem solved?"""
+    texts = [one.text for one in result.sequences]
+    right = sum(check(own, text) for text in texts)
+    found = "right" if right == len(texts) else f"wrong in {len(texts) - right} of {len(texts)}"
+    return f"the answer is {found}: {own.answer} ({own.family}, {own.size} steps)"
+
+
 class _Screen:
     """Prints a single sequence as it grows; of several, each whole when it ends."""
 
@@ -212,7 +236,8 @@ def run(argv: list[str] | None) -> int:
     for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
-    policy, prompts = build_policy(args), gather_prompts(args)
+    policy, prompts, own = build_policy(args), gather_prompts(args), own_problem(args)
+    most = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     check_sampling(args.temperature, args.top_k, args.top_p)
     traced = args.trace or args.lens
     elsewhere = (args.prompt, args.prompt_file, args.output, args.stats, traced, args.raw)
@@ -231,15 +256,20 @@ def run(argv: list[str] | None) -> int:
         _write(path, "", "a")
         if not existed:
             path.unlink(missing_ok=True)
-    engine = Engine.from_pretrained(
-        args.model, args.device, args.dtype, args.revision, args.compile
-    )
+    model = args.model or ("demo" if own is None else "reasoner")
+    engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
+    if own is not None:
+        if args.max_new_tokens is None:
+            most = len(engine.text.encode(own.chain)) + SPARE
+        prompts = [Prompt(1, own.prompt)]
+        if not args.quiet:
+            print(own.prompt, file=sys.stderr, flush=True)
     options = {name: getattr(args, name) for name in GENERATE}
     if args.interactive:
         options = {k: v for k, v in options.items() if k not in BATCH}
-        return chat(Conversation(engine, policy, max_new_tokens=args.max_new_tokens, **options))
+        return chat(Conversation(engine, policy, max_new_tokens=most, **options))
     if args.output is not None:
-        result = run_batch(engine, prompts, policy, args.output, args.max_new_tokens,
+        result = run_batch(engine, prompts, policy, args.output, most,
                            quiet=args.quiet, **options)  # fmt: skip
         if result is None:
             print(f"{args.output} is complete", file=sys.stderr)
@@ -249,7 +279,7 @@ def run(argv: list[str] | None) -> int:
         result = engine.generate(
             [prompt.text for prompt in prompts],
             policy,
-            [prompt.max_new_tokens or args.max_new_tokens for prompt in prompts],
+            [prompt.max_new_tokens or most for prompt in prompts],
             on_token=screen.on_token,
             on_finish=screen.on_finish,
             trace=trace,
@@ -264,6 +294,8 @@ def run(argv: list[str] | None) -> int:
         _write(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
     if not args.quiet:
         print(report(result), file=sys.stderr)
+        if own is not None:
+            print(verdict(own, result), file=sys.stderr)
     interrupted = any(one.finish_reason == "interrupted" for one in result.sequences)
     return 130 if interrupted else 0
 

@@ -45,8 +45,9 @@ class Engine:
         revision: str | None = None,
         compile: bool = False,
     ) -> "Engine":
-        """model: a folder, a hub id or "demo"; compile: decode through torch.compile, which takes
-        half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be loaded."""
+        """model: a folder, a hub id, "reasoner" or "demo"; compile: decode through torch.compile,
+        which takes half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be
+        loaded."""
         device = pick_device(device)
         check_dtype(dtype)
         folder = resolve(model, revision)

@@ -1,9 +1,9 @@
 """From a name to a model in memory: find the folder, check every tensor, fill every parameter once.
 
-`resolve` turns `demo`, a folder or a hub id into a folder; of a hub repository only safetensors,
-JSON and chat templates are ever fetched. `load_weights` plans first (names, shapes and dtypes are
-checked from the headers alone) and reads second, tensor by tensor, into the final dtype and device:
-one copy of the model in memory, and no tie to the files left. Nothing is ever unpickled.
+`resolve` turns `reasoner`, `demo`, a folder or a hub id into a folder; of a hub repository only
+safetensors, JSON and chat templates are ever fetched. `load_weights` plans first (names, shapes and
+dtypes are checked from the headers alone) and reads second, tensor by tensor, into the final dtype
+and device: one copy of the model in memory, no tie to the files left. Nothing is ever unpickled.
 """
 
 import logging
@@ -27,10 +27,13 @@ NO_PICKLES = "pickled weights (.bin, .pt, .pth) are never read, so convert those
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The folder of `demo`, of a local checkpoint, or of a hub repository, fetched if need be."""
+    """The folder of `reasoner` (it ships with the package), of `demo`, of a local checkpoint, or of
+    a hub repository, fetched if need be."""
     folder = os.path.expanduser(model)  # os.path, unlike Path, answers for any string at all
-    if revision is not None and (model == "demo" or os.path.exists(folder)):
+    if revision is not None and (model in ("reasoner", "demo") or os.path.exists(folder)):
         raise UserError(f"a revision is for models on the hub; {model!r} is local, so leave it out")
+    if model == "reasoner":
+        return Path(__file__).parent / "reasoner"
     if model == "demo":
         from .demo import demo_folder
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,6 +360,10 @@ def test_demo_is_a_name_of_its_own(tmp_path, monkeypatch):
     assert resolve("demo") == tmp_path
 
 
+def test_the_reasoner_ships_with_the_package():
+    assert resolve("reasoner") == Path(loader.__file__).parent / "reasoner"
+
+
 @pytest.mark.parametrize(
     "name",
     ["", "~", "./no", "../no", "/no", "~/no", "~nobody-here/m", "a/b/c", "a\\b", "a/" * 5000],
@@ -377,7 +382,7 @@ def test_a_file_is_no_folder(tmp_path):
         resolve(str(tmp_path / "model.gguf"))
 
 
-@pytest.mark.parametrize("model", ["demo", "here"])
+@pytest.mark.parametrize("model", ["reasoner", "demo", "here"])
 def test_a_revision_is_for_the_hub_only(tmp_path, model):
     with pytest.raises(UserError, match="leave it out"):
-        resolve(model if model == "demo" else str(tmp_path), revision="main")
+        resolve(str(tmp_path) if model == "here" else model, revision="main")

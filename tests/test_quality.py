@@ -20,6 +20,7 @@ from lethe_mini.policy import FullKV, Lethe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import choices
 import quality
 import reading
 import results
@@ -212,7 +213,7 @@ def test_prose_is_what_one_forward_says(engine, prose):
             assert row["over_rival"][0] == pytest.approx(less, abs=1e-9)
         if row["budget"] == "20":
             assert row["kl"][0] > 1e-3
-            assert row["kept"] == pytest.approx(row["allowed"], rel=quality.TOLERANCE)
+            assert row["kept"] == pytest.approx(row["allowed"], rel=choices.TOLERANCE)
         else:
             assert row["gap"] == pytest.approx([0] * 3, abs=1e-4)
             assert row["kl"] == pytest.approx([0] * 3, abs=1e-4)
@@ -303,14 +304,14 @@ def test_budgets_are_raised_until_as_much_is_kept():
         return {"rounds": [(1000, 0.4 * policy.budget), (50, 0.4 * policy.budget)]}
 
     policy = Lethe(budget=100)
-    result = quality.at_equal_budget(policy, None, read)
+    result = choices.at_equal_budget(policy, None, read)
     assert result["allowed"] == 75  # as the text had but 50 tokens at the second round
-    assert result["kept"] == pytest.approx(75, rel=quality.TOLERANCE)
+    assert result["kept"] == pytest.approx(75, rel=choices.TOLERANCE)
     assert tried == [100, 188]
-    again = quality.at_equal_budget(policy, result["nominal"], read)
+    again = choices.at_equal_budget(policy, result["nominal"], read)
     assert (again, tried[2:]) == (result, [188])
 
-    capped = quality.at_equal_budget(policy, None, lambda policy: {"rounds": [(1000, 60)]})
+    capped = choices.at_equal_budget(policy, None, lambda policy: {"rounds": [(1000, 60)]})
     assert (capped["kept"], capped["allowed"]) == (60, 100)
 
 
@@ -326,8 +327,8 @@ def test_cells_of_a_budget_too_small_say_why():
 
 def test_every_choice_is_what_its_name_says():
     """The parts are varied one at a time, and none depends on a default that may change."""
-    plain = quality.CHOICES["uniform"][1]
-    for name, (make, changes) in quality.CHOICES.items():
+    plain = choices.CHOICES["uniform"][1]
+    for name, (make, changes) in choices.CHOICES.items():
         policy = make() if name == "full" else make(budget=300, protect_prompt=False, **changes)
         policy.check(0)
         if changes and name not in ("slow-head", "combined"):

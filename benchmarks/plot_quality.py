@@ -1,0 +1,96 @@
+"""Accuracy against the share of the cache that is held, a line per policy, as an SVG.
+
+    python benchmarks/quality.py reason --json reason.json
+    python benchmarks/plot_quality.py reason.json [docs/quality.svg] [--family walk]
+
+Needs matplotlib: pip install 'lethe-mini[plot]'. Lines differ in dash and marker, not in colour
+alone; the mid tones read on a light page and on a dark one.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from plot_decode import INK, STYLE
+
+COLORS = ["#3a87c8", "#d1662b", "#4c9a52", "#a56cc1", "#b8860b", "#c8517e", "#2a9d9d"]
+COLORS += ["#7f7f3f", "#8a6d5c"]
+MARKERS = "os^DvPX*h"
+DASHES = ["solid", (0, (5, 2)), (0, (1, 1.5))]
+
+
+def draw(rows: list[dict], out: Path) -> None:
+    """rows: of one family, as quality.py reason writes them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "error" not in row]
+    right = "solved" if "solved" in rows[0] else "exact"
+    full, pruned = rows[0], [row for row in rows if row["choice"] != "full"]
+    # Lethe first, over all others, in the first colour.
+    choices = sorted({row["choice"] for row in pruned}, key=lambda name: (name != "lethe", name))
+    protections = sorted({row["protect"] for row in pruned})
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(protections), figsize=(1 + 4 * len(protections), 3.6), sharey=True, squeeze=False
+        )
+        for axes, protect in zip(panels[0], protections, strict=True):
+            axes.axhline(100 * full[right][0], color=INK, linewidth=1, label="full")
+            axes.axhspan(*(100 * end for end in full[right][1:]), color=INK, alpha=0.15, lw=0)
+            for index, choice in enumerate(choices):
+                mine = [r for r in pruned if (r["choice"], r["protect"]) == (choice, protect)]
+                mine.sort(key=lambda row: row["share"])
+                axes.plot(
+                    [100 * row["share"] for row in mine],
+                    [100 * row[right][0] for row in mine],
+                    color=COLORS[index % len(COLORS)],
+                    marker=MARKERS[index % len(MARKERS)],
+                    linestyle=DASHES[index % len(DASHES)],
+                    linewidth=2.2 if choice == "lethe" else 1.2,
+                    markersize=5,
+                    zorder=3 if choice == "lethe" else 2,
+                    label=choice,
+                )
+            title = "prompt protected" if protect else "prompt free"
+            axes.set_title(f"{title}, {full['problems']} problems", loc="left", fontsize=10)
+            axes.set_xlabel("slots held, % of the full cache's")
+            axes.set_xlim(0, None)
+            axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+        panels[0][0].set_ylabel("solved, %" if right == "solved" else "whole chain right, %")
+        panels[0][0].set_ylim(0, 102)
+        panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # No date, so that equal figures give an equal file.
+        figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).resolve().parents[1] / "docs" / "quality.svg"
+    parser.add_argument("json", type=Path, help="what quality.py reason wrote")
+    parser.add_argument("svg", type=Path, nargs="?", default=default)
+    parser.add_argument("--family", help="default: all of them together")
+    args = parser.parse_args(argv)
+    rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+    family = args.family or rows[-1].get("family")
+    mine = [row for row in rows if row.get("family") == family]
+    if family is None or not any("share" in row for row in mine):
+        print(f"{args.json} has no problems of {family}: see quality.py reason", file=sys.stderr)
+        return 2
+    try:
+        draw(mine, args.svg)
+    except ImportError:
+        print("plots need matplotlib: pip install 'lethe-mini[plot]'", file=sys.stderr)
+        return 2
+    print(args.svg)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
