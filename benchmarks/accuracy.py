@@ -35,10 +35,10 @@ import sys
 import time
 from pathlib import Path
 
+from choices import CHOICES, Cell
 from grading import PACKAGES, Grader, extract, version
 from memory import hardware
 from problems import SUBJECTS, Problem, load
-from quality import CHOICES, Cell
 from results import Lines, mean_with_interval
 from tqdm import tqdm
 

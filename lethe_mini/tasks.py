@@ -177,7 +177,7 @@ def _run(rng: random.Random, size: int) -> tuple[list, list]:
             chain += [values[name], ":", old, word, values[name], "=", total, "\n"]
     asked = rng.choice(sorted(values))
     prompt += [".", labels[-1], ANSWER, asked, ":"]
-    return prompt, chain + [labels[-1], ANSWER, asked, values[asked], "total", total]
+    return prompt, [*chain, labels[-1], ANSWER, asked, values[asked], "total", total]
 
 
 # family -> its maker and the most steps that there are words for

@@ -7,8 +7,8 @@ Problems come from lethe_mini/tasks.py; those of a step follow from the seed and
 alone, so a run that was stopped goes on exactly as it would have. Nothing is ever seen twice. The
 loss is taken on the chain, never on the prompt. Texts begin short, where looking things up is
 learned at once or not at all, and grow by a quarter whenever 98 % of every family's words are
-right.
-Evaluation draws from other seeds (evaluate.py).
+right. Evaluation draws from other seeds (evaluate.py). Another number of threads rounds otherwise,
+and so makes another model, no worse.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lethe_mini import model as model_module
 from lethe_mini.config import ModelConfig
@@ -69,7 +72,7 @@ def recall(rng: random.Random, length: float) -> tuple[list[int], list[int], lis
     A chain asks for a fact every ten words or so, and a model that cannot look anything up yet
     learns little from it. Here every second or third word is a lookup; only those count.
     """
-    most = rng.randint(3, min(75, max(4, int(length / 9))))  # of few each is found by chance at first
+    most = rng.randint(3, min(75, max(4, int(length / 9))))  # there are only so many names
     if rng.random() < 0.5:
         names = rng.sample(ROOMS, max(2, most // 3))
         facts = [
@@ -358,9 +361,9 @@ def main() -> None:
     add("--run", type=Path, required=True, help="folder of the checkpoint and the log")
     add("--export", type=Path, help="write the run's model to this folder; train no more")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--steps", type=int, default=9000, help="default: %(default)s")
-    add("--decay", type=int, default=2000, help="last steps, of falling rate (%(default)s)")
-    add("--tokens", type=int, default=8192, help="most words of a step (default: %(default)s)")
+    add("--steps", type=int, default=4600, help="default: %(default)s")
+    add("--decay", type=int, default=2400, help="last steps, of falling rate (%(default)s)")
+    add("--tokens", type=int, default=4096, help="most words of a step (default: %(default)s)")
     add("--weights", type=float, nargs=len(FAMILIES), default=[1.0, 0.7, 1.0],
         help=f"shares of {', '.join(FAMILIES)} among the texts")  # fmt: skip
     add("--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
