@@ -70,6 +70,7 @@ FACTORS: dict[str, list[dict]] = {
     "allocation": [
         {"allocation": name} for name in ("hoyer", "inverse_hoyer", "uniform", "pyramid")
     ],
+    "even_share": [{"even_share": part} for part in (0.0, 0.25, 0.5, 0.75)],
     "granularity": [{"granularity": name} for name in ("layer", "head")],
     "value_norm": [{"value_norm": value} for value in (False, True)],
     "protect_prompt": [{"protect_prompt": value} for value in (False, True)],

@@ -224,6 +224,7 @@ class Lethe(Pruner):
         choices=("hoyer", "inverse_hoyer", "uniform", "pyramid"),
         unbudgeted=("hoyer",),
     )
+    even_share: float = option(0.0, "part of the budget by Hoyer that layers share evenly", 0, 1)
     knee: str = option(
         "global",
         "which ratio Algorithm 1 looks at for a breakpoint",
@@ -263,7 +264,8 @@ class Lethe(Pruner):
             for layer in cache.layers
         ]
         sparsity = torch.stack(per_layer, dim=1)  # (B, L)
-        return (sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity).tolist()
+        shares = sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity
+        return torch.lerp(shares, shares.mean(1, keepdim=True), self.even_share).tolist()
 
     def wants(self, cache: KVCache, row: int) -> bool:
         if self.budget is not None:

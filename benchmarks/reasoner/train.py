@@ -1,7 +1,10 @@
 """Trains the small reasoner that ships in lethe_mini/reasoner, and writes it there.
 
-    python benchmarks/reasoner/train.py --run RUN_FOLDER      # goes on where the folder stopped
-    python benchmarks/reasoner/train.py --run RUN_FOLDER --export lethe_mini/reasoner
+    python benchmarks/reasoner/train.py --run FOLDER          # goes on where the folder stopped
+    python benchmarks/reasoner/train.py --run FOLDER --steps 6400 --decay 1800 --peak 0.5 --least 400 --weights 2 0.7 1
+    python benchmarks/reasoner/train.py --run FOLDER --export lethe_mini/reasoner
+
+The first command learns; the second goes on with long texts alone, and more of the hardest kind.
 
 Problems come from lethe_mini/tasks.py; those of a step follow from the seed and the step's number
 alone, so a run that was stopped goes on exactly as it would have. Nothing is ever seen twice. The
@@ -92,9 +95,11 @@ def recall(rng: random.Random, length: float) -> tuple[list[int], list[int], lis
     return [IDS[word] for word in prompt], chain, targets
 
 
-def draw(rng: random.Random, families: dict[str, float], longest: float, tokens: int) -> list:
+def draw(
+    rng: random.Random, families: dict[str, float], longest: float, tokens: int, least: int = 0
+) -> list:
     """About `tokens` words of problems of about one length: (family, prompt, chain, targets)."""
-    least = max(SHORTEST, longest / 8)
+    least = max(SHORTEST, longest / 8, least)
     length = math.exp(rng.uniform(math.log(least), math.log(longest)))
     rows = []
     for _ in range(max(4, int(tokens / length))):
@@ -262,10 +267,10 @@ def train(run: Run, args: argparse.Namespace) -> None:
         rng = random.Random(f"train-{run.seed}-{run.step}")
         tokens = min(args.tokens, max(2048, int(run.longest * 14)))
         share = max(0.05, 0.3 - run.step / 1000) * sum(families.values())
-        rows = draw(rng, {**families, "recall": share}, run.longest, tokens)
+        rows = draw(rng, {**families, "recall": share}, run.longest, tokens, args.least)
         inputs, targets = collate(rows)
         # Warm up, stay, then fall to zero over the last steps: these may be decided late.
-        rate = min(1.0, run.step / 100, (args.steps - run.step + 1) / args.decay)
+        rate = args.peak * min(1.0, run.step / 100, (args.steps - run.step + 1) / args.decay)
         for optimizer, rates in zip(run.optimizers, run.rates, strict=True):
             for group, full in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = full * rate
@@ -363,6 +368,8 @@ def main() -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--steps", type=int, default=4600, help="default: %(default)s")
     add("--decay", type=int, default=2400, help="last steps, of falling rate (%(default)s)")
+    add("--peak", type=float, default=1.0, help="highest rate (default: %(default)s)")
+    add("--least", type=int, default=0, help="least words of a text (default: a few)")
     add("--tokens", type=int, default=4096, help="most words of a step (default: %(default)s)")
     add("--weights", type=float, nargs=len(FAMILIES), default=[1.0, 0.7, 1.0],
         help=f"shares of {', '.join(FAMILIES)} among the texts")  # fmt: skip
