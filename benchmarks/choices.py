@@ -24,6 +24,7 @@ PLAIN = {
     "gamma": 0.98,
     "granularity": "layer",
     "value_norm": False,
+    "even_share": 0.0,
 }
 CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
     "full": (FullKV, {}),
@@ -33,6 +34,7 @@ CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
     "paper": (Lethe.paper, {}),
     "uniform": (Lethe, PLAIN),
     "hoyer": (Lethe, PLAIN | {"allocation": "hoyer"}),
+    "hoyer-even": (Lethe, PLAIN | {"allocation": "hoyer", "even_share": 0.5}),
     "inverse": (Lethe, PLAIN | {"allocation": "inverse_hoyer"}),
     "pyramid": (Lethe, PLAIN | {"allocation": "pyramid"}),
     "slow": (Lethe, PLAIN | {"gamma": 0.995}),
@@ -47,6 +49,7 @@ CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
             "gamma": 0.995,
             "granularity": "head",
             "value_norm": True,
+            "even_share": 0.0,
         },
     ),
 }
