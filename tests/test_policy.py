@@ -214,6 +214,23 @@ def test_every_allocation_gives_out_the_whole_budget(name, layers, spare, held, 
         assert all(floor <= share <= held for share in mine)
 
 
+@pytest.mark.parametrize("name", ["hoyer", "inverse_hoyer"])
+@FEW
+@given(even=st.floats(0, 1), seed=seeds)
+def test_an_even_share_is_every_layers_and_the_rest_is_hoyers(name, even, seed):
+    """All of it is the uniform division, none of it the paper's; the sum stays."""
+    torch.manual_seed(seed)
+    cache = feed(cache_of(layers=5, batch=2, scored=True), 30)
+    ours, papers, alike = (
+        torch.tensor(Lethe(budget=9, allocation=name, even_share=part).weights(cache))
+        for part in (even, 0.0, 1.0)
+    )
+    mean = papers.mean(1, keepdim=True)
+    assert (ours >= even * mean - 1e-6).all()
+    torch.testing.assert_close(alike, mean.expand_as(alike))
+    torch.testing.assert_close(ours, even * mean + (1 - even) * papers)
+
+
 # -- choices -------------------------------------------------------------------------------------
 
 
