@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -145,14 +146,20 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts or [Prompt(1, PROMPT)]
 
 
-def own_problem(args: argparse.Namespace) -> Problem | None:
-    """What the reasoner is to solve where nothing was asked: made from the seed alone."""
+def own_problem(args: argparse.Namespace, policy: Policy) -> Problem | None:
+    """What the reasoner is to solve where nothing was asked: the first of those drawn from the seed
+    whose prompt the policy has room for."""
     asked = args.prompt or args.prompt_file is not None or args.interactive
     if asked or args.model not in (None, "reasoner"):
         return None
     rng = random.Random(args.seed)
-    family = rng.choice(list(FAMILIES))
-    return problem(family, rng, rng.choice(TRAINED[family]))
+    for _ in range(100):
+        family = rng.choice(list(FAMILIES))
+        own = problem(family, rng, rng.choice(TRAINED[family]))
+        with suppress(UserError):
+            policy.check(len(own.prompt.split()))  # a word, a token
+            break
+    return own
 
 
 def verdict(own: Problem, result) -> str:
@@ -236,7 +243,8 @@ def run(argv: list[str] | None) -> int:
     for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
-    policy, prompts, own = build_policy(args), gather_prompts(args), own_problem(args)
+    policy, prompts = build_policy(args), gather_prompts(args)
+    own = own_problem(args, policy)
     most = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     check_sampling(args.temperature, args.top_k, args.top_p)
     traced = args.trace or args.lens

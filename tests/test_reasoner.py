@@ -152,3 +152,12 @@ def test_a_prompt_or_another_model_is_no_problem_of_its_own(monkeypatch):
     for argv in ((), ("--prompt", "a"), ("--interactive",), ("--model", "x"), ("--seed", "5")):
         assert cli.main(list(argv)) == 2
     assert asked == ["reasoner", "demo", "demo", "x", "reasoner"]
+
+
+def test_a_problem_of_its_own_is_one_that_the_budget_has_room_for(capsys):
+    for seed in range(4):
+        prompt, *_ = own(capsys, "--lethe", "--budget", "180", "--seed", str(seed),
+                         "--max-new-tokens", "1")[1]  # fmt: skip
+        assert len(prompt.split()) < 180
+    assert cli.main(["--lethe", "--budget", "6"]) == 2  # no problem is so small
+    assert "budget 6 is too small for the prompt" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """Trains the small reasoner that ships in lethe_mini/reasoner, and writes it there.
 
     python benchmarks/reasoner/train.py --run FOLDER          # goes on where the folder stopped
-    python benchmarks/reasoner/train.py --run FOLDER --steps 6400 --decay 1800 --peak 0.5 --least 400 --weights 2 0.7 1
+    python benchmarks/reasoner/train.py --run FOLDER --steps 6400 --decay 1800 --peak 0.5 \\
+        --least 400 --weights 2 0.7 1
     python benchmarks/reasoner/train.py --run FOLDER --export lethe_mini/reasoner
 
 The first command learns; the second goes on with long texts alone, and more of the hardest kind.
