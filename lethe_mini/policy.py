@@ -224,7 +224,7 @@ class Lethe(Pruner):
         choices=("hoyer", "inverse_hoyer", "uniform", "pyramid"),
         unbudgeted=("hoyer",),
     )
-    even_share: float = option(0.0, "part of the budget by Hoyer that layers share evenly", 0, 1)
+    even_share: float = option(0.5, "part of the budget by Hoyer that layers share evenly", 0, 1)
     knee: str = option(
         "global",
         "which ratio Algorithm 1 looks at for a breakpoint",
@@ -233,7 +233,7 @@ class Lethe(Pruner):
     )
     tau: float = option(400.0, "ratio of scores that makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
-    gamma: float = option(0.98, "decay of the scores per decoded token", 0, 1)
+    gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
         "layer", "scores and choices per layer or per KV head", choices=("layer", "head")
@@ -243,7 +243,7 @@ class Lethe(Pruner):
     @classmethod
     def paper(cls, **changes) -> "Lethe":
         """Every parameter as the paper reads; what it leaves open stays at the default."""
-        return cls(**{"protect_prompt": False, **changes})
+        return cls(**{"protect_prompt": False, "even_share": 0.0, **changes})
 
     def _merged(self, scores: Tensor) -> Tensor:
         """(B, 1 or H_kv, S): added up, but per head, where a slot is another token in every one."""
