@@ -503,12 +503,13 @@ def test_a_budget_without_room_is_refused_before_anything_is_computed(policy, pr
         assert "\n" not in str(e.value)
 
 
-def test_the_papers_reading_is_the_default_but_for_the_prompt():
+def test_the_papers_reading_is_the_default_but_for_the_prompt_and_the_even_share():
     """`paper` sets what the paper says, and takes changes on top."""
     paper = Lethe.paper(budget=64)
     assert (paper.tau, paper.recent_ratio, paper.knee) == (400, 0.3, "global")
     assert (paper.granularity, paper.allocation) == ("layer", "hoyer")
     assert not paper.protect_prompt
+    assert paper.even_share == 0
     assert not paper.value_norm
     assert paper.budget == 64
     assert Lethe.paper(protect_prompt=True).protect_prompt
