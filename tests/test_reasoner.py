@@ -73,7 +73,7 @@ def test_no_policy_changes_a_token_that_it_has_room_for(engine, policy):
 
 def test_lethe_beats_streaming_at_a_quarter_of_the_cache(engine):
     """By the very problems, read (chains.py): of free prompts it gets fewer words wrong, and where
-    the prompt is protected it alone solves more of the programs than streaming alone."""
+    the prompt is protected it alone solves twice as many as streaming alone."""
     wrong = {"lethe": [], "streaming": []}
     for family in sorted(FAMILIES):
         given = Batch(engine, family, list(enumerate(problems(family, 20))))
@@ -83,12 +83,13 @@ def test_lethe_beats_streaming_at_a_quarter_of_the_cache(engine):
     pairs = list(zip(*wrong.values(), strict=True))
     assert sum(a < b for a, b in pairs) > 2 * sum(a > b for a, b in pairs)
 
-    given = Batch(engine, "run", list(enumerate(problems("run", 30))))
-    lethe, streaming = (
-        given.read(arm(choice, True).policy(given), whole=False)["exact"] for choice in wrong
-    )
-    alone = sum(a and not b for a, b in zip(lethe, streaming, strict=True))
-    assert alone >= 3 + 2 * sum(b and not a for a, b in zip(lethe, streaming, strict=True))
+    right = {"lethe": [], "streaming": []}
+    for family in ("walk", "run"):  # a sum's totals are lost by all alike
+        given = Batch(engine, family, list(enumerate(problems(family, 40))))
+        for choice, exact in right.items():
+            exact += given.read(arm(choice, True).policy(given), whole=False)["exact"]
+    pairs = list(zip(*right.values(), strict=True))
+    assert sum(a and not b for a, b in pairs) >= max(8, 2 * sum(b and not a for a, b in pairs))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
