@@ -264,7 +264,9 @@ def run(argv: list[str] | None) -> int:
         _write(path, "", "a")
         if not existed:
             path.unlink(missing_ok=True)
-    model = args.model or ("demo" if own is None else "reasoner")
+    model = args.model
+    if model is None:
+        model = "demo" if own is None else "reasoner"
     engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
     if own is not None:
         if args.max_new_tokens is None:
