@@ -27,7 +27,7 @@ from choices import budget_text
 from memory import hardware
 from reading import SPLITS
 from reason import Arm, Bench, add_problems, all_batches, rows_of, show_tables
-from results import Lines
+from results import Lines, write_json
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -150,10 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     base = asdict(Lethe(interval=args.interval, **args.base))
     print(f"{args.model} in {args.dtype}, problems to {args.split}; {hardware()}\nbase: {base}\n")
     show_tables(rows, "base")
-    if args.json is not None:
-        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-        facts = {"settings": settings, "base": base, "hardware": hardware(), "rows": rows}
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, args, {"base": base, "hardware": hardware(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ or samples (which move a budget in %). The batch size changes no text, only spee
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -39,7 +38,7 @@ from choices import CHOICES, Cell
 from grading import PACKAGES, Grader, extract, version
 from memory import hardware
 from problems import SUBJECTS, Problem, load
-from results import Lines, mean_with_interval
+from results import Lines, mean_with_interval, write_json
 from tqdm import tqdm
 
 from lethe_mini import Engine
@@ -511,12 +510,10 @@ def run(argv: list[str] | None) -> int:
     if lost := sum(row.get("not_compared", 0) for row in rows):
         print(f"\n{lost} answers could not be compared and count as wrong", file=sys.stderr)
     if args.json is not None:
-        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         packages = ("lethe-mini", "torch", *PACKAGES.values())
         versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
-        facts = {"settings": settings, "versions": versions, "hardware": hardware()}
-        facts |= {"problems": len(problems), "rows": rows}
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        facts = {"versions": versions, "hardware": hardware(), "problems": len(problems)}
+        write_json(args.json, args, facts | {"rows": rows})
     return 0
 
 

@@ -117,6 +117,24 @@ def show(value: list[float] | None) -> str:
     return "" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(*value)
 
 
+def markdown(rows: list[dict], names: dict[str, str], held: Callable[[dict], str]) -> str:
+    """A table of rows: choice, prompt, budget, what held(row) says, and of every name, under its
+    heading, a mean and its interval."""
+    lines = [
+        "| choice | prompt | budget | holds | " + " | ".join(names.values()) + " |",
+        "|---|---|---:|---:|" + "---|" * len(names),
+    ]
+    for row in rows:
+        prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
+        start = f"| {row['choice']} | {prompt} | {row['budget']} |"
+        if "error" in row:
+            lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
+            continue
+        cells = [show(row.get(name)) for name in names]
+        lines.append(f"{start} {held(row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def digest(ids: list[int]) -> str:
     """Names a text."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ alone, and carry their names; greys and two mid tones read on a light page and o
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 INK = "#808080"  # about as far from white as from black
@@ -47,6 +48,27 @@ def spread(places: list[float], apart: float) -> list[float]:
             moved[index] = max(moved[index], last + apart)
         last = moved[index]
     return moved
+
+
+def save(figure, out: Path) -> None:
+    """Writes it, with room for what stands beside the axes, and closes it."""
+    import matplotlib.pyplot as plt
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # No date, so that equal figures give an equal file.
+    figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_or_say(draw: Callable[..., None], facts, out: Path) -> int:
+    """A plotting command's end: the exit code, and where the picture is or why there is none."""
+    try:
+        draw(facts, out)
+    except ImportError:
+        print("plots need matplotlib: pip install 'lethe-mini[plot]'", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
 
 
 def draw(facts: dict, out: Path) -> None:
@@ -96,10 +118,7 @@ def draw(facts: dict, out: Path) -> None:
             axes.set_xlabel("tokens in the text")
             axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
         figure.tight_layout(w_pad=6)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Room on the right for the names; no date, so that equal figures give an equal file.
-        figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        save(figure, out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,13 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     if not any(line["points"] for line in facts.get("curve", [])):
         print(f"{args.json} has no curve; write one with decode.py --curve", file=sys.stderr)
         return 2
-    try:
-        draw(facts, args.svg)
-    except ImportError:
-        print("plots need matplotlib: pip install 'lethe-mini[plot]'", file=sys.stderr)
-        return 2
-    print(args.svg)
-    return 0
+    return draw_or_say(draw, facts, args.svg)
 
 
 if __name__ == "__main__":

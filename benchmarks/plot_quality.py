@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from plot_decode import INK, STYLE
+from plot_decode import INK, STYLE, draw_or_say, save
 
 COLORS = ["#3a87c8", "#d1662b", "#4c9a52", "#a56cc1", "#b8860b", "#c8517e", "#2a9d9d"]
 COLORS += ["#7f7f3f", "#8a6d5c"]
@@ -62,10 +62,7 @@ def draw(rows: list[dict], out: Path) -> None:
         panels[0][0].set_ylabel("solved, %" if right == "solved" else "whole chain right, %")
         panels[0][0].set_ylim(0, 102)
         panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # No date, so that equal figures give an equal file.
-        figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        save(figure, out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,13 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if family is None or not any("share" in row for row in mine):
         print(f"{args.json} has no problems of {family}: see quality.py reason", file=sys.stderr)
         return 2
-    try:
-        draw(mine, args.svg)
-    except ImportError:
-        print("plots need matplotlib: pip install 'lethe-mini[plot]'", file=sys.stderr)
-        return 2
-    print(args.svg)
-    return 0
+    return draw_or_say(draw, mine, args.svg)
 
 
 if __name__ == "__main__":

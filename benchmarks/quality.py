@@ -34,10 +34,19 @@ from pathlib import Path
 
 import reason
 import torch
-from choices import BUDGETS, CHOICES, Cell, at_equal_budget, budget_text, digest, show, tokens_of
+from choices import (
+    BUDGETS,
+    CHOICES,
+    Cell,
+    at_equal_budget,
+    budget_text,
+    digest,
+    markdown,
+    tokens_of,
+)
 from memory import hardware
 from reading import SPLITS, Reader, stretches, token_stream
-from results import Lines, mean_with_interval
+from results import Lines, mean_with_interval, write_json
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -315,20 +324,7 @@ HEADS = {
 
 def table(task: str, rows: list[dict]) -> str:
     """Markdown; what is measured is a mean and its interval."""
-    names = HEADS[task]
-    lines = [
-        "| choice | prompt | budget | holds | " + " | ".join(names.values()) + " |",
-        "|---|---|---:|---:|" + "---|" * len(names),
-    ]
-    for row in rows:
-        prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
-        start = f"| {row['choice']} | {prompt} | {row['budget']} |"
-        if "error" in row:
-            lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
-            continue
-        cells = [show(row[name]) for name in names]
-        lines.append(f"{start} {row['kept']:.0f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(rows, HEADS[task], lambda row: f"{row['kept']:.0f}")
 
 
 QUICK = {  # a few minutes on two cores, all in all
@@ -431,7 +427,6 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     rows = run(engine, args)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
     if args.task == "reason":
         reason.show_tables(rows)
@@ -441,9 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         mine = [row for row in rows if row["haystack"] == haystack]
         print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
         print(table(args.task, mine), "\n")
-    if args.json is not None:
-        facts = {"settings": settings, "hardware": hardware(), "rows": rows}
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, args, {"hardware": hardware(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from chains import Batch, batches
-from choices import CHOICES, at_equal_budget, digest, show, tokens_of
+from choices import CHOICES, at_equal_budget, digest, markdown, tokens_of
 from results import Lines, mean_with_interval, wilson
 from tqdm import tqdm
 
@@ -270,20 +270,8 @@ READ = {
 def table(rows: list[dict], base: str = "full") -> str:
     """Markdown; what is measured is a mean and its interval. Every row of one family."""
     names = WRITTEN if any("solved" in row for row in rows) else READ
-    heads = [head.format(base=base) for head in names.values()]
-    lines = [
-        "| choice | prompt | budget | holds | " + " | ".join(heads) + " |",
-        "|---|---|---:|---:|" + "---|" * len(names),
-    ]
-    for row in rows:
-        prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
-        start = f"| {row['choice']} | {prompt} | {row['budget']} |"
-        if "error" in row:
-            lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
-            continue
-        cells = [show(row.get(name)) for name in names]
-        lines.append(f"{start} {row['held']:.0f}, {row['share']:.1%} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    heads = {name: head.format(base=base) for name, head in names.items()}
+    return markdown(rows, heads, lambda row: f"{row['held']:.0f}, {row['share']:.1%}")
 
 
 def show_tables(rows: list[dict], base: str = "full") -> None:

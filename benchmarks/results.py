@@ -2,6 +2,7 @@
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,14 @@ class Lines:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "result": result}) + "\n")
         return result
+
+
+def write_json(path: Path | None, args: Namespace, facts: dict) -> None:
+    """Figures with every setting of the command; nothing without a path."""
+    if path is not None:
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+        text = json.dumps({"settings": settings, **facts}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _name(key: dict) -> str:
