@@ -37,40 +37,46 @@ def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
     return torch.where((lengths > 1) & (l1 > 0), value.clamp(0, 1), 0.0)
 
 
-def find_breakpoint(
-    ranked: Tensor, length: int, segments: int, tau: float, knee: str
-) -> int | None:
+def find_breakpoint(ranked: Tensor, segments: int, tau: float, knee: str) -> int | None:
     """Where the curve of descending scores breaks, or None (arXiv 2511.06029, Algorithm 1).
 
-    ranked: (S,) descending, of which the first `length` count, cut into `segments` equal parts.
-    `global`: the first boundary k with ranked[0] / ranked[k] > tau. `segment`: the start of the
-    first part whose own first / last <= tau, where the curve has gone flat; if that is the very
-    first part, nothing stands out. Comparisons multiply, so zeros need no special care.
+    ranked: (n,) descending, n at least 1, cut into `segments` equal parts. `global`: the first
+    boundary k with ranked[0] / ranked[k] > tau. `segment`: the start of the first part whose own
+    first / last <= tau, where the curve has gone flat; if that is the very first part, nothing
+    stands out. Comparisons multiply, so zeros need no special care.
     """
-    segments = max(1, min(segments, length))  # beyond that the cuts are the same
-    cuts = sorted({length * i // segments for i in range(segments)} | {length})
-    if knee == "none" or len(cuts) < 3:
+    segments = min(segments, len(ranked))  # beyond that the cuts are the same
+    cuts = torch.arange(segments + 1, device=ranked.device) * len(ranked) // segments
+    starts, ends = ranked[cuts[:-1]], ranked[cuts[1:] - 1]
+    found = starts <= tau * ends if knee == "segment" else ranked[0] > tau * starts
+    if knee == "none" or segments == 1 or not found.any():
         return None
-    starts = torch.tensor(cuts[:-1], device=ranked.device)
-    if knee == "global":
-        found = ranked[0] > tau * ranked[starts]
-    else:
-        ends = torch.tensor(cuts[1:], device=ranked.device) - 1
-        found = ranked[starts] <= tau * ranked[ends]
-    if not found.any():
-        return None
-    return cuts[int(found.int().argmax())] or None
+    return int(cuts[int(found.int().argmax())]) or None
 
 
-def rank(importance: Tensor, valid: Tensor) -> Tensor:
-    """Every head's slots, the most important first; of equals the newer; empty ones last.
-
-    importance: (B, H_kv, S); valid: bool (B, 1, S) -> (B, H_kv, S) int64. NaN is as low as can be.
-    """
-    lowest = torch.finfo(torch.float32).min
-    ranked = importance.float().nan_to_num(lowest).clamp(min=lowest).masked_fill(~valid, -torch.inf)
+def rank(importance: Tensor) -> Tensor:
+    """Slots, the most important first; of equals the newer; NaN last. (..., S) -> int64."""
+    ranked = importance.float().nan_to_num(torch.finfo(torch.float32).min)
     # A stable sort of the flipped row puts the newer of two equals first.
     return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def choose(
+    importance: Tensor, positions: Tensor, protected: int, recent: int, salient: int, share: int
+) -> Tensor:
+    """The slots that a sequence keeps in a layer: (H_kv, n) int64, ascending, n for every head.
+
+    importance, positions: (H_kv, S). Positions below `protected` and the last `recent` slots stay
+    whatever their rank; beyond these, of the `salient` first by rank as many as `share` has room
+    for. n is that of the head which keeps most.
+    """
+    order, slots = rank(importance), torch.arange(importance.shape[1], device=importance.device)
+    always = (positions < protected) | (slots >= len(slots) - recent)
+    fixed, least = always.gather(-1, order), always.sum(-1, keepdim=True)
+    wanted = (fixed | (slots < salient)).sum(-1).max()
+    n = wanted.clamp(max=share).maximum(least.max())
+    chosen = fixed | ((~fixed).cumsum(-1) <= n - least)
+    return always.scatter(-1, order, chosen).nonzero()[:, 1].view(len(order), int(n))
 
 
 # -- the protocol ----------------------------------------------------------------------------------
@@ -133,9 +139,10 @@ class Pruner(Policy):
         """Per sequence, the layers' shares of the budget, in any unit. Default: equal."""
         return [[1.0] * len(cache.layers) for _ in cache.seen]
 
-    def salient(self, importance: Tensor, layer: LayerCache, due: list[bool]) -> list[int]:
-        """Per sequence, how many of the most important tokens stand out. Default: all of them."""
-        return layer.lengths
+    def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
+        """How many of the most important tokens stand out, of one sequence; importance: (H_kv, its
+        length). Default: all of them."""
+        return layer.lengths[row]
 
     def recent(self, room: int) -> int:
         """How many of `room` tokens go to the newest; at least `min_recent`."""
@@ -164,9 +171,21 @@ class Pruner(Policy):
         return held > self.budget * len(cache.layers)
 
     def round(self, cache: KVCache, due: list[bool]) -> None:
-        shares = self.shares(cache)
-        for layer, share in zip(cache.layers, shares, strict=True):
-            self._prune(layer, cache, share, due)
+        for layer, share in zip(cache.layers, self.shares(cache), strict=True):
+            importance, counts = self.importance(layer, cache), list(layer.lengths)
+            slots = torch.arange(layer.length, device=importance.device)
+            kept = slots.repeat(*importance.shape[:2], 1)  # whoever is not due keeps all
+            for row in (row for row, ready in enumerate(due) if ready):
+                scores, n = importance[row, :, : counts[row]], counts[row]
+                protected = self.protected(cache.prompt[row])
+                recent = self.recent(share[row] - (min(protected, n) if self.budget else 0))
+                salient = self.salient(scores, layer, row)
+                positions = layer.positions[row, :, :n]
+                chosen = choose(scores, positions, protected, recent, salient, share[row])
+                counts[row] = chosen.shape[1]
+                kept[row, :, : counts[row]] = chosen
+            if counts != layer.lengths:
+                layer.keep(kept, counts)
 
     def shares(self, cache: KVCache) -> list[list[int]]:
         """(L, B) tokens each layer may keep: the budget split exactly, or all without a budget."""
@@ -180,36 +199,6 @@ class Pruner(Policy):
             for b, weights in enumerate(self.weights(cache))
         ]
         return [list(row) for row in zip(*columns, strict=True)]
-
-    def _prune(self, layer: LayerCache, cache: KVCache, share: list[int], due: list[bool]) -> None:
-        importance, lengths = self.importance(layer, cache), layer.lengths
-        salient = self.salient(importance, layer, due)
-        protected = [self.protected(prompt) for prompt in cache.prompt]
-        recent = list(lengths)  # whoever is not due keeps all
-        for row in (row for row, ready in enumerate(due) if ready):
-            floor = 0 if self.budget is None else min(protected[row], lengths[row])
-            recent[row] = self.recent(share[row] - floor)
-        share, salient, protected, recent = (
-            torch.tensor(numbers, device=importance.device)[:, None]
-            for numbers in (share, salient, protected, recent)
-        )  # (B, 1)
-        valid = layer.valid()  # (B, 1, S)
-        slots = torch.arange(layer.length, device=importance.device)
-        always = slots >= (layer.filled[:, None] - recent)[..., None]
-        always = valid & (always | (layer.positions < protected[..., None]))  # (B, H_kv, S)
-
-        # Beyond these, as many as stand out and as the share has room for: as many as the head that
-        # keeps most, since all heads of a layer hold the same number.
-        order, least = rank(importance, valid), always.sum(-1)  # (B, H_kv, S), (B, H_kv)
-        fixed = always.gather(-1, order)
-        wanted = (fixed | (slots < salient[..., None])).sum(-1).amax(1, keepdim=True)
-        target = torch.minimum(share, wanted).maximum(least.amax(1, keepdim=True))
-        chosen = fixed | ((~fixed).cumsum(-1) <= (target - least)[..., None])
-        kept = always.scatter(-1, order, chosen)
-        counts = target[:, 0].tolist()
-        if counts != lengths:
-            # True sorts first and a stable sort leaves the slots ascending.
-            layer.keep((~kept).int().argsort(dim=-1, stable=True), counts)
 
 
 @dataclass(frozen=True)
@@ -276,28 +265,21 @@ class Lethe(Pruner):
         return layer.thresholds[row] or self.evict_threshold
 
     def round(self, cache: KVCache, due: list[bool]) -> None:
-        tried = [
-            (layer, row)
-            for layer in cache.layers
-            for row in range(len(due))
-            if due[row] and layer.lengths[row] > self._threshold(layer, row)
-        ]
+        before = [layer.lengths for layer in cache.layers]
         super().round(cache, due)
         # A layer tries again when it holds twice what it kept: without a breakpoint, where it kept
         # all, its threshold so doubles, and no layer tries at every step (Algorithm 1).
-        for layer, row in tried if self.budget is None else ():
-            kept = layer.lengths[row]
-            layer.thresholds[row] = max(self._threshold(layer, row), 2 * kept)
+        for layer, lengths in zip(cache.layers, before, strict=True) if not self.budget else ():
+            for row in (row for row, ready in enumerate(due) if ready):
+                threshold = self._threshold(layer, row)
+                if lengths[row] > threshold:
+                    layer.thresholds[row] = max(threshold, 2 * layer.lengths[row])
 
-    def salient(self, importance: Tensor, layer: LayerCache, due: list[bool]) -> list[int]:
+    def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
         """Algorithm 1: the tokens before the breakpoint, or all of them if there is none."""
+        length = importance.shape[1]
+        if self.budget is None and length <= self._threshold(layer, row):
+            return length
         # Every head's curve, then their mean: after a round a slot is another token in every head.
-        ranked = importance.masked_fill(~layer.valid(), -torch.inf)
-        ranked = ranked.sort(dim=-1, descending=True).values.mean(1).cpu()
-        counts = list(layer.lengths)
-        for row, length in enumerate(layer.lengths):
-            over = self.budget is not None or length > self._threshold(layer, row)
-            if due[row] and over:
-                found = find_breakpoint(ranked[row], length, self.segments, self.tau, self.knee)
-                counts[row] = length if found is None else found
-        return counts
+        ranked = importance.sort(dim=-1, descending=True).values.mean(0).cpu()
+        return find_breakpoint(ranked, self.segments, self.tau, self.knee) or length

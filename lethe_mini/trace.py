@@ -165,8 +165,9 @@ def _facts(policy: Policy, cache: KVCache, due: list[bool]) -> dict[str, list]:
     protected = [policy.protected(prompt) if bounded else 0 for prompt in cache.prompt]
     for layer, share in zip(cache.layers, shares, strict=True):
         importance = policy.importance(layer, cache)
-        salient = policy.salient(importance, layer, due)
-        rows = zip(share, protected, layer.lengths, salient, strict=True)
+        lengths = layer.lengths
+        salient = [policy.salient(importance[r, :, :n], layer, r) for r, n in enumerate(lengths)]
+        rows = zip(share, protected, lengths, salient, strict=True)
         rows = [(policy.recent(s - min(p, n)), k if k < n else None) for s, p, n, k in rows]
         facts["recent"].append([recent for recent, _ in rows])
         facts["breakpoint"].append([found for _, found in rows])

@@ -24,11 +24,11 @@ TESTS = (
     "tests/test_all_policies.py::test_logits_are_those_of_a_full_pass_without_the_evicted",
 )
 FAULTS = {  # what is wrong: file, right text, wrong text
-    "recent window one short": ("policy.py", "slots >= (layer", "slots > (layer"),
+    "recent window one short": ("policy.py", "slots >= len", "slots > len"),
     "kept indices by score, unsorted": (
         "policy.py",
-        "(~kept).int().argsort(dim=-1, stable=True)",
-        "importance.masked_fill(~kept, -torch.inf).argsort(dim=-1, descending=True)",
+        "always.scatter(-1, order, chosen).nonzero()[:, 1]",
+        "order[chosen]",
     ),
     "scores stay when keys move": (
         "cache.py",

@@ -21,7 +21,7 @@ from lethe_mini.baselines import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, re
 from lethe_mini.budget import pyramid, split_budget
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError
-from lethe_mini.policy import Lethe, Pruner, find_breakpoint, hoyer, rank
+from lethe_mini.policy import Lethe, Pruner, choose, find_breakpoint, hoyer, rank
 
 PRUNERS = [policy for policy in POLICIES.values() if issubclass(policy, Pruner)]
 FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
@@ -102,14 +102,11 @@ def test_hoyer_of_a_ragged_batch_is_that_of_each_alone(rows):
     st.integers(2, 19),
     st.sampled_from([1.0, 1.25, 2.0, 4.0, 400.0]),
     st.sampled_from(["global", "segment", "none"]),
-    st.integers(0, 5),
 )
-def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, knee, beyond):
-    """Both readings of Algorithm 1; ties, zeros, short curves and slots beyond the length."""
+def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, knee):
+    """Both readings of Algorithm 1; ties, zeros and short curves."""
     ranked = sorted(scores, reverse=True)
-    found = find_breakpoint(
-        torch.tensor(ranked + [-math.inf] * beyond), len(ranked), segments, tau, knee
-    )
+    found = find_breakpoint(torch.tensor(ranked), segments, tau, knee)
     assert found == oracles.breakpoint(ranked, segments, tau, knee)
     assert found is None or 0 < found < len(ranked)
 
@@ -118,7 +115,7 @@ def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, knee, beyond
 def test_flat_curves_have_no_breakpoint(n, segments, knee):
     """Spread-out attention: nothing stands out, nothing is dropped."""
     for value in (0.0, 3.0):
-        assert find_breakpoint(torch.full((n,), value), n, segments, 2.0, knee) is None
+        assert find_breakpoint(torch.full((n,), value), segments, 2.0, knee) is None
 
 
 # -- budgets -------------------------------------------------------------------------------------
@@ -236,27 +233,42 @@ def test_an_even_share_is_every_layers_and_the_rest_is_hoyers(name, even, seed):
 
 @st.composite
 def curves(draw):
-    """scores [head][slot], and how many slots beyond are empty."""
+    """scores [head][slot]."""
     n, heads = draw(st.integers(1, 23)), draw(st.integers(1, 3))
     score = st.integers(-8, 8).map(float) | st.sampled_from([math.nan, math.inf, -math.inf])
     row = st.lists(score, min_size=n, max_size=n)
-    return draw(st.lists(row, min_size=heads, max_size=heads)), draw(st.integers(0, 5))
+    return draw(st.lists(row, min_size=heads, max_size=heads))
 
 
 @settings(max_examples=5 * settings.default.max_examples)
 @given(curves())
-def test_rank_puts_the_best_first_and_of_equals_the_newer(curve):
-    """Empty slots come last whatever stands in them."""
-    scores, beyond = curve
+def test_rank_puts_the_best_first_and_of_equals_the_newer(scores):
     n = len(scores[0])
-    padded = torch.tensor([[row + [99.0] * beyond for row in scores]])
-    valid = (torch.arange(n + beyond) < n)[None, None]
-    for row, order in zip(scores, rank(padded, valid)[0].tolist(), strict=True):
+    for row, order in zip(scores, rank(torch.tensor(scores)).tolist(), strict=True):
         # Infinities are the greatest numbers, and NaN no better than the least.
         row = [min(max(score, -3e38), 3e38) if score == score else -3e38 for score in row]
-        assert sorted(order) == list(range(n + beyond))
+        assert sorted(order) == list(range(n))
         for first in range(n + 1):
             assert set(order[:first]) == oracles.best(row, first, list(range(n)))
+
+
+@settings(max_examples=5 * settings.default.max_examples)
+@given(
+    curves(),
+    st.randoms(use_true_random=False),
+    *[st.integers(0, 25)] * 2,
+    *[st.integers(1, 25)] * 2,
+)
+def test_a_choice_is_the_oracles(scores, chance, protected, recent, salient, share):
+    """Ascending slots, as many in every head; whatever the heads hold, and at any counts."""
+    n = len(scores[0])
+    scores = [[score if score == score else -math.inf for score in head] for head in scores]
+    positions = [sorted(chance.sample(range(40), n)) for _ in scores]
+    chosen = choose(
+        torch.tensor(scores), torch.tensor(positions), protected, min(recent, n), salient, share
+    )
+    right = oracles.prune(scores, positions, protected, min(recent, n), share, salient)
+    assert chosen.tolist() == right
 
 
 def kept_sets(policy, seed, held):

@@ -102,7 +102,11 @@ def spied(policy):
                 salient = []
                 for layer in cache.layers:
                     importance = self.importance(layer, cache)
-                    salient.append([importance.tolist(), self.salient(importance, layer, due)])
+                    counts = [
+                        self.salient(importance[row, :, :n], layer, row)
+                        for row, n in enumerate(layer.lengths)
+                    ]
+                    salient.append([importance.tolist(), counts])
                 facts = [self.shares(cache), salient]
             scores = [layer.scores.tolist() if layer.scored else None for layer in cache.layers]
             super().round(cache, due)
