@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 from lethe_mini import Engine
 from lethe_mini.batch import digest
-from lethe_mini.engine import POSITIONS
 from lethe_mini.errors import UserError
 from lethe_mini.policy import FullKV, Lethe
+from lethe_mini.prompts import POSITIONS
 from lethe_mini.sampling import check_sampling
 
 # A loop repeats at most so many tokens, at least so often, and is at least so long.

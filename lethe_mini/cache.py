@@ -11,7 +11,6 @@ Policies (policy.py) decide what stays; nothing here knows why.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .rope import rope_cos_sin, rotate
@@ -43,14 +42,16 @@ class LayerCache:
     inv_freq: given in compact mode, where a key's RoPE angle is that of its slot.
     """
 
-    def __init__(self, index, batch, kv_heads, head_dim, dtype, device, scored, window, inv_freq):
+    def __init__(self, index, config, batch, dtype, device, scored, window, inv_freq):
         self.index, self.window, self.inv_freq = index, window, inv_freq
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         empty = torch.zeros(batch, kv_heads, 0, device=device)
-        wide = torch.zeros(batch, kv_heads, 0, head_dim, device=device, dtype=dtype)
+        wide = torch.zeros(batch, kv_heads, 0, config.head_dim, device=device, dtype=dtype)
         self.store: Store = {"keys": wide, "values": wide, "positions": empty.int()}
         if scored:
             self.store["scores"] = empty
-        self.queries: Tensor | None = None  # (B, H, up to `window`, D), newest last
+        # (B, H, window, D), newest last; zeros where there are none yet.
+        self.queries = wide.new_zeros(batch, heads, window, config.head_dim)
         self.thresholds = [0] * batch  # a policy's note per sequence; see Lethe.round
         self._hold([0] * batch)
 
@@ -90,8 +91,7 @@ class LayerCache:
     def remember(self, q: Tensor) -> None:
         """Keeps the last `window` queries; q: (B, H, T, D)."""
         if self.window:
-            past = q if self.queries is None else torch.cat((self.queries, q), dim=2)
-            self.queries = past[:, :, -self.window :].clone()
+            self.queries = torch.cat((self.queries, q), dim=2)[:, :, -self.window :].clone()
 
     def _resize(self, capacity: int) -> None:
         for name, old in self.store.items():
@@ -131,11 +131,10 @@ class LayerCache:
             self.store[name] = new
         before = self.filled[row]
         self._hold(counts)
-        if self.queries is not None:
-            self.queries = self.queries[row]
-            if self.compact:  # they move with the newest slots
-                shift = (self.filled - before)[:, None, None]
-                self.queries = rotate(self.queries, *rope_cos_sin(shift, self.inv_freq))
+        self.queries = self.queries[row]
+        if self.compact:  # they move with the newest slots
+            shift = (self.filled - before)[:, None, None]
+            self.queries = rotate(self.queries, *rope_cos_sin(shift, self.inv_freq))
         self.thresholds = [self.thresholds[r] for r in rows]
 
     def join(self, other: "LayerCache") -> None:
@@ -144,10 +143,7 @@ class LayerCache:
             layer._resize(blocks(max(self.length, other.length)))
         for name in self.store:
             self.store[name] = torch.cat((self.store[name], other.store.pop(name)))
-        if self.queries is not None:  # a short prompt leaves its window partly empty
-            wide = max(self.queries.shape[2], other.queries.shape[2])
-            pair = [F.pad(q, (0, 0, wide - q.shape[2], 0)) for q in (self.queries, other.queries)]
-            self.queries = torch.cat(pair)
+        self.queries = torch.cat((self.queries, other.queries))
         self.thresholds = self.thresholds + other.thresholds
         self._hold(self.lengths + other.lengths)
 
@@ -162,12 +158,11 @@ class KVCache:
     def __init__(
         self, config, batch=1, dtype=None, device="cpu", scored=False, window=0, compact=None
     ):
-        sizes = (batch, config.num_key_value_heads, config.head_dim)
         self.device = torch.device(device)
         if compact is not None:  # turned again and again, so in float64 where the device has it
             compact = compact.to(torch.float32 if self.device.type == "mps" else torch.float64)
         self.layers = [
-            LayerCache(index, *sizes, dtype, self.device, scored, window, compact)
+            LayerCache(index, config, batch, dtype, self.device, scored, window, compact)
             for index in range(config.num_hidden_layers)
         ]
         self.seen = [0] * batch  # tokens seen: the next position
@@ -207,7 +202,7 @@ class KVCache:
     def allocated(self) -> int:
         """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
         tensors = [t for layer in self.layers for t in (*layer.store.values(), layer.queries)]
-        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+        return sum(t.untyped_storage().nbytes() for t in tensors)
 
     def select(self, rows: list[int]) -> None:
         """Keeps these sequences, in this order (LayerCache.select)."""

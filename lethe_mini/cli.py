@@ -18,10 +18,11 @@ from pathlib import Path
 from .baselines import POLICIES
 from .batch import Prompt, read_prompts, run_batch
 from .chat import Conversation, chat
-from .engine import POSITIONS, Engine
+from .engine import Engine
 from .errors import UserError
 from .lens import write_page
 from .policy import Lethe, Policy
+from .prompts import POSITIONS
 from .sampling import check_sampling
 from .tasks import FAMILIES, TRAINED, Problem, check, problem
 from .trace import Trace

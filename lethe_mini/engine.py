@@ -13,19 +13,16 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .errors import UserError
 from .loader import check_dtype, load_model, pick_device, pick_dtype, resolve
 from .model import Transformer
 from .policy import FullKV, Policy
-from .prompts import check_sizes, encode_prompts
+from .prompts import check_request, encode_prompts
 from .roster import Roster
 from .sampling import check_sampling, sample
 from .signals import held_back_interrupts
 from .stats import Generated, Meter, Result
 from .text import Text
 from .trace import Trace
-
-POSITIONS = ("absolute", "compact")
 
 
 class Engine:
@@ -95,33 +92,25 @@ class Engine:
         """
         policy = FullKV() if policy is None else policy
         check_sampling(temperature, top_k, top_p)
-        if positions not in POSITIONS:
-            raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
-        if cache is not None and len(prompts) * num_samples != 1:
-            raise UserError("a cache is gone on with by one prompt and one sample")
+        sizes = (max_new_tokens, num_samples, batch_size, prefill_chunk)
+        limits = check_request(prompts, *sizes, positions, cache)
         encoded = encode_prompts(self, prompts, policy, system, raw, cache)
-        limits = check_sizes(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
-        batch_size = batch_size or max(1, len(prompts) * num_samples)
+        lengths, ends = [len(ids) for ids in encoded], not ignore_eos
+        roster = Roster(lengths, limits, num_samples, seed, self.text, ends, on_token, on_finish)
+        meter = Meter(self, policy, seed, positions, len(roster.sequences), trace)
         if trace is not None:
             trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])
-        lengths = [len(ids) for ids in encoded]
-        roster = Roster(
-            lengths, limits, num_samples, seed, self.text, ignore_eos, on_token, on_finish
-        )
-        meter = Meter(self, policy, seed, positions, len(roster.sequences), trace)
         with held_back_interrupts() as pressed:
             run = _Run(self, policy, encoded, positions, roster, meter, pressed, cache, on_step)
-            try:
-                while (roster.live or roster.pending) and not pressed:
-                    if roster.pending and len(roster.live) < batch_size:
-                        run.admit(batch_size - len(roster.live), prefill_chunk)
-                    else:
-                        run.step(temperature, top_k, top_p)
-            except KeyboardInterrupt:  # from a callback
-                pressed.append(True)
-            if pressed:
-                roster.interrupt()
-                run.leave([])
+            while (roster.live or roster.pending) and not pressed:
+                room = (batch_size or len(roster.sequences)) - len(roster.live)
+                if roster.pending and room:
+                    run.admit(room, prefill_chunk)
+                else:
+                    run.step(temperature, top_k, top_p)
+        if pressed:
+            roster.interrupt()
+            run.leave([])
         return Result(roster.sequences, meter.close())
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:

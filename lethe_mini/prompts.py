@@ -6,6 +6,8 @@ from .cache import KVCache
 from .errors import UserError
 from .policy import Policy
 
+POSITIONS = ("absolute", "compact")
+
 
 def encode_prompts(
     engine, prompts, policy: Policy, system: str | None, raw: bool, cache: KVCache | None
@@ -35,13 +37,24 @@ def encode_prompts(
     return encoded
 
 
-def check_sizes(
-    prompts, limits: int | Sequence[int], num_samples: int, batch_size: int | None, *others: int
+def check_request(
+    prompts,
+    limits: int | Sequence[int],
+    num_samples: int,
+    batch_size: int | None,
+    prefill_chunk: int,
+    positions: str,
+    cache: KVCache | None,
 ) -> list[int]:
-    """The limit of new tokens for every prompt. Raises UserError for numbers that cannot be."""
+    """The limit of new tokens for every prompt. Raises UserError for what cannot be."""
     limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
     if len(limits) != len(prompts):
         raise UserError(f"max_new_tokens has {len(limits)} numbers for {len(prompts)} prompts")
-    if min(*limits, *others, num_samples, 1 if batch_size is None else batch_size, 1) < 1:
+    sizes = (num_samples, 1 if batch_size is None else batch_size, prefill_chunk)
+    if min(*limits, *sizes) < 1:
         raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
+    if positions not in POSITIONS:
+        raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
+    if cache is not None and len(prompts) * num_samples != 1:
+        raise UserError("a cache is gone on with by one prompt and one sample")
     return limits

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 @contextmanager
 def held_back_interrupts() -> Iterator[list]:
     """Within it, Ctrl-C only puts something into the list that is yielded; a second one raises
-    KeyboardInterrupt at once. Where Python's own handler is not in charge, nothing changes."""
+    KeyboardInterrupt at once, which ends the block and no more. Where Python's own handler is not
+    in charge, nothing changes."""
     pressed: list[bool] = []
 
     def note(*_) -> None:
@@ -23,6 +24,8 @@ def held_back_interrupts() -> Iterator[list]:
         before = None
     try:
         yield pressed
+    except KeyboardInterrupt:  # or one from a callback
+        pressed.append(True)
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)

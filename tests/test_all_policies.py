@@ -85,9 +85,9 @@ def protected_of(policy, prompt):
 
 
 def new_cache(policy, prompt=0, compact=None, layers=3):
-    sizes = {"num_hidden_layers": layers, "num_key_value_heads": 2, "head_dim": 10}
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
     cache = KVCache(
-        SimpleNamespace(**sizes),
+        SimpleNamespace(num_hidden_layers=layers, **sizes),
         scored=policy.gamma is not None,
         window=policy.window,
         compact=compact,

@@ -23,7 +23,9 @@ from lethe_mini.policy import FullKV, Lethe
 
 L, KV_HEADS, HEADS, D, WINDOW, MOST = 2, 3, 6, 4, 5, 4
 PROMPTS = st.integers(1, 9) | st.integers(30, 70)
-SIZES = SimpleNamespace(num_hidden_layers=L, num_key_value_heads=KV_HEADS, head_dim=D)
+SIZES = SimpleNamespace(
+    num_hidden_layers=L, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=D
+)
 POLICIES = {
     "full": lambda **_: FullKV(),
     "streaming": StreamingLLM,
@@ -322,8 +324,8 @@ class CacheMachine(RuleBasedStateMachine):
                 for row, n in enumerate(lengths):
                     assert not tensor[row, :, n:].any(), name
             allocated += B * layer.capacity * (token + KV_HEADS * (4 + 4))
-            allocated += B * HEADS * D * 4 * layer.queries.shape[2]
-            assert layer.queries.shape[2] <= WINDOW
+            allocated += B * HEADS * D * 4 * WINDOW
+            assert layer.queries.shape[2] == WINDOW
         assert self.cache.allocated == allocated
         assert self.cache.held == sum(sum(layer.lengths) for layer in self.cache.layers)
 

@@ -31,8 +31,9 @@ seeds = st.integers(0, 2**32)
 WEIGHTS = st.floats(1e-3, 1e3) | st.just(0.0) | st.sampled_from([1.0, 2.0])
 
 
-def cache_of(layers=1, batch=1, heads=3, width=4, **kwargs):
-    sizes = {"num_hidden_layers": layers, "num_key_value_heads": heads, "head_dim": width}
+def cache_of(layers=1, batch=1, heads=3, width=4, group=2, **kwargs):
+    sizes = {"num_attention_heads": heads * group, "num_key_value_heads": heads}
+    sizes |= {"num_hidden_layers": layers, "head_dim": width}
     return KVCache(SimpleNamespace(**sizes), batch=batch, **kwargs)
 
 

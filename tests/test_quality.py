@@ -39,7 +39,7 @@ def snapshot(cache):
             "thresholds": list(layer.thresholds),
             "positions": layer.positions.clone(),
             "scores": layer.scores.clone() if layer.scored else torch.zeros(0),
-            "queries": torch.zeros(0) if layer.queries is None else layer.queries.clone(),
+            "queries": layer.queries.clone(),
             "keys": layer.keys.clone(),
             "values": layer.values.clone(),
         }
