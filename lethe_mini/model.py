@@ -62,15 +62,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        store: Store | None = None,
-        slots: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x, cos, sin, positions, store: Store | None = None, slots=None):
         """x: (B, T, hidden); cos, sin: (B, 1, T, D/2); positions: (B, T) -> x and the queries
         (B, H, T, D). With a layer's `store`, it writes to `slots` (B, T), looks at all up to there,
         and adds the mass to the scores: the sum in arXiv 2511.06029, eq. 5."""
@@ -116,11 +108,7 @@ class Transformer(nn.Module):
         self.decode_layers = [torch.compile(block, dynamic=True) for block in self.layers]
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        cache: KVCache | None = None,
-        last_only: bool = False,
+        self, tokens: Tensor, positions=None, cache: KVCache | None = None, last_only=False
     ) -> Tensor:
         """tokens: (B, T) int64 -> logits (B, T, vocab) float32; (B, 1, vocab) with `last_only`.
 
