@@ -35,12 +35,7 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: str,
-        device: str = "auto",
-        dtype: str = "auto",
-        revision: str | None = None,
-        compile: bool = False,
+        cls, model: str, device="auto", dtype="auto", revision: str | None = None, compile=False
     ) -> "Engine":
         """model: a folder, a hub id, "reasoner" or "demo"; compile: decode through torch.compile,
         which takes half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be
@@ -115,14 +110,9 @@ class Engine:
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
-        return KVCache(
-            self.model.config,
-            dtype=self.dtype,
-            device=self.device,
-            scored=policy.gamma is not None,
-            window=policy.window,
-            compact=self.model.inv_freq if positions == "compact" else None,
-        )
+        scored, window = policy.gamma is not None, policy.window
+        compact = self.model.inv_freq if positions == "compact" else None
+        return KVCache(self.model.config, 1, self.dtype, self.device, scored, window, compact)
 
 
 @dataclass

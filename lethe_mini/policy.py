@@ -192,12 +192,11 @@ class Pruner(Policy):
         lengths = [layer.lengths for layer in cache.layers]
         if self.budget is None:
             return lengths
-        floors = [self.protected(prompt) + self.min_recent for prompt in cache.prompt]
-        total, L = self.budget * len(lengths), len(lengths)
-        columns = [
-            split_budget(total, weights, [floors[b]] * L, [held[b] for held in lengths])
-            for b, weights in enumerate(self.weights(cache))
-        ]
+        L, columns = len(lengths), []
+        for row, weights in enumerate(self.weights(cache)):
+            floors = [self.protected(cache.prompt[row]) + self.min_recent] * L
+            held = [layer[row] for layer in lengths]
+            columns.append(split_budget(self.budget * L, weights, floors, held))
         return [list(row) for row in zip(*columns, strict=True)]
 
 
