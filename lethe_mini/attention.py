@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .products import grouped_logits, grouped_values
+from .products import grouped_logits, grouped_values, widened
 
 MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
 
@@ -41,10 +41,11 @@ def attend(
         seen, square = mask, mask is None and S == T
         if mask is None and not square:  # PyTorch's is_causal would align it top-left
             seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        dtype, (q, k, v) = v.dtype, widened(q, k, v)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=square, enable_gqa=True
         )
-        return out, received_mass(q, k, mask) if want_mass else None
+        return out.to(dtype), received_mass(q, k, mask) if want_mass else None
     logits = grouped_logits(q.view(B, H_kv, H // H_kv, D) * D**-0.5, k)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)

@@ -3,14 +3,22 @@ plain product, and a reader of the algorithm may take it for that.
 
 A decoding step reads every weight and every cached key once and computes little with each, so it
 should take no longer than the reading. On a CPU, PyTorch's products reach about half of that for
-few rows; what comes closer is the large factor on the left, and, compiled, loops that fuse.
+few rows; what comes closer is the large factor on the left, and, compiled, loops that fuse. A CPU
+that has no instructions for 16-bit numbers multiplies them many times slower than float32; there
+products convert them, a piece that stays in the CPU's cache at a time.
 """
+
+import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 32  # rows up to which a CPU is quicker with the weight as the left factor
+PIECE = 1 << 20  # numbers of a weight converted at once: 4 MB in float32
+RUN = 32  # slots; half of what storage grows by
+WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 without such instructions
+_kept = threading.local()
 
 
 class Linear(nn.Linear):
@@ -19,28 +27,72 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b: (..., in) -> (..., out)."""
         rows = x.flatten(0, -2)
-        if len(rows) > FEW or x.device.type != "cpu":
-            return F.linear(x, self.weight, self.bias)
-        if len(rows) == 1:
+        if len(rows) == 1 and x.device.type == "cpu":
             y = _matrix_vector(self.weight, rows[0])[None]
-        else:
+        elif widens(self.weight):
+            y = _wide_product(rows, self.weight)
+        elif len(rows) <= FEW and x.device.type == "cpu":
             y = (self.weight @ rows.t()).t().contiguous()
+        else:
+            return F.linear(x, self.weight, self.bias)
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products should convert x to float32. Not where gradients are asked for."""
+    narrow = WIDENS and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
     """q k^T: (B, H_kv, G, D), (B, H_kv, S, D) -> (B, H_kv, G, S) float32, for a small G."""
-    return (_loops if _fusing(k) else torch.matmul)(q, k.mT).float()
+    if _fusing(k):
+        return _logit_loops(q, k)
+    if widens(k):
+        return torch.stack([x.float() @ wide(y).mT for x, y in zip(q, k, strict=True)])
+    return torch.matmul(q, k.mT).float()
 
 
 def grouped_values(weights: Tensor, v: Tensor) -> Tensor:
     """weights v: (B, H_kv, G, S), (B, H_kv, S, D) -> (B, H_kv, G, D) in v's dtype."""
-    return (_loops if _fusing(v) else torch.matmul)(weights.to(v.dtype), v)
+    if _fusing(v):
+        return _value_loops(weights, v).to(v.dtype)
+    if widens(v):
+        return torch.stack([x @ wide(y) for x, y in zip(weights, v, strict=True)]).to(v.dtype)
+    return torch.matmul(weights.to(v.dtype), v)
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, in float32 where products should convert them."""
+    return [x.float() if widens(x) else x for x in tensors]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, in memory that the next call uses again: a fresh piece would cost more than
+    the product. Valid until then, in this thread."""
+    if x.dtype == torch.float32 or not widens(x):
+        return x.float()
+    if len(getattr(_kept, "numbers", ())) < x.numel():
+        with torch.inference_mode(False):
+            _kept.numbers = torch.empty(x.numel())
+    return _kept.numbers[: x.numel()].view(x.shape).copy_(x)
+
+
+def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32: (n, in), (out, in) -> (n, out) in the weight's dtype."""
+    rows = rows.float()
+    if torch.compiler.is_compiling():
+        return F.linear(rows, weight.float()).to(weight.dtype)
+    parts = weight.split(max(1, PIECE // weight.shape[1]))
+    products = [F.linear(rows, wide(part)).to(weight.dtype) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 def _fusing(x: Tensor) -> bool:
-    """Compiled and for one sequence on a CPU, loops beat products; else products beat loops."""
-    return torch.compiler.is_compiling() and len(x) == 1 and x.device.type == "cpu"
+    """Compiled on a CPU, loops beat products for one sequence, and for any number that it would
+    have to convert; else products beat loops."""
+    compiling = torch.compiler.is_compiling() and x.device.type == "cpu"
+    return compiling and (len(x) == 1 or widens(x))
 
 
 def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
@@ -52,9 +104,20 @@ def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
     return torch.cat([(part.float() * x).sum(-1) for part in weight.chunk(4)]).to(weight.dtype)
 
 
-def _loops(a: Tensor, b: Tensor) -> Tensor:
-    """a b as loops for the compiler to fuse: (B, H_kv, N, K), (B, H_kv, K, M), N small."""
-    return (_computed(a).float()[..., None] * b.float()[:, :, None]).sum(-2).to(a.dtype)
+def _logit_loops(q: Tensor, k: Tensor) -> Tensor:
+    """`grouped_logits` as loops for the compiler to fuse: a key is read, and converted, once for
+    all queries of its group."""
+    q, k = _computed(q).float(), k.float()
+    return torch.stack([(k * q[:, :, g, None]).sum(-1) for g in range(q.shape[2])], dim=2)
+
+
+def _value_loops(weights: Tensor, v: Tensor) -> Tensor:
+    """`grouped_values` as such loops; float32. Sums over few slots come first, for the loop over
+    slots is the inner one and a run of values has to wait in the CPU's cache for its next column."""
+    slots = RUN if v.shape[2] % RUN == 0 else v.shape[2]
+    v = v.unflatten(2, (-1, slots)).float()
+    groups = _computed(weights).float().unflatten(3, (-1, slots))[..., None].unbind(2)
+    return torch.stack([_computed((v * g).sum(-2)).sum(-2) for g in groups], dim=2)
 
 
 def _computed(x: Tensor) -> Tensor:
