@@ -200,6 +200,10 @@ class Pruner(Policy):
         return [list(row) for row in zip(*columns, strict=True)]
 
 
+DIVIDE = ("hoyer", "inverse_hoyer", "uniform", "pyramid")
+KNEES = ("auto", "global", "segment", "none")
+
+
 @dataclass(frozen=True)
 class Lethe(Pruner):
     """Budgets by Hoyer, scores by RASR, a breakpoint by Algorithm 1 (arXiv 2511.06029)."""
@@ -207,31 +211,29 @@ class Lethe(Pruner):
     name: ClassVar[str] = "lethe"
 
     allocation: str = option(
-        "hoyer",
-        "what divides the budget over layers; hoyer gives dense layers more",
-        choices=("hoyer", "inverse_hoyer", "uniform", "pyramid"),
-        unbudgeted=("hoyer",),
+        "hoyer", "what divides the budget over layers", choices=DIVIDE, unbudgeted=DIVIDE[:1]
     )
     even_share: float = option(0.5, "part of the budget by Hoyer that layers share evenly", 0, 1)
     knee: str = option(
-        "global",
-        "which ratio Algorithm 1 looks at for a breakpoint",
-        choices=("global", "segment", "none"),
-        unbudgeted=("global", "segment"),
+        "auto",
+        "which ratio makes a breakpoint; auto: global without a budget, else none",
+        choices=KNEES,
+        unbudgeted=KNEES[:3],
     )
-    tau: float = option(400.0, "ratio of scores that makes a breakpoint", low=1)
+    tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
-        "layer", "scores and choices per layer or per KV head", choices=("layer", "head")
+        "head", "scores and choices per layer or per KV head", choices=("layer", "head")
     )
     value_norm: bool = option(False, "weigh a token's score by the norm of its value")
 
     @classmethod
     def paper(cls, **changes) -> "Lethe":
         """Every parameter as the paper reads; what it leaves open stays at the default."""
-        return cls(**{"protect_prompt": False, "even_share": 0.0, **changes})
+        published = {"protect_prompt": False, "even_share": 0.0, "granularity": "layer"}
+        return cls(**{**published, "knee": "global", "recent_ratio": 0.3, **changes})
 
     def _merged(self, scores: Tensor) -> Tensor:
         """(B, 1 or H_kv, S): added up, but per head, where a slot is another token in every one."""
@@ -281,4 +283,5 @@ class Lethe(Pruner):
             return length
         # Every head's curve, then their mean: after a round a slot is another token in every head.
         ranked = importance.sort(dim=-1, descending=True).values.mean(0).cpu()
-        return find_breakpoint(ranked, self.segments, self.tau, self.knee) or length
+        knee = self.knee if self.knee != "auto" else "none" if self.budget else "global"
+        return find_breakpoint(ranked, self.segments, self.tau, knee) or length

@@ -113,7 +113,7 @@ def _logit_loops(q: Tensor, k: Tensor) -> Tensor:
 
 def _value_loops(weights: Tensor, v: Tensor) -> Tensor:
     """`grouped_values` as such loops; float32. Sums over few slots come first, for the loop over
-    slots is the inner one and a run of values has to wait in the CPU's cache for its next column."""
+    slots is the inner one and values have to wait in the CPU's cache for their next column."""
     slots = RUN if v.shape[2] % RUN == 0 else v.shape[2]
     v = v.unflatten(2, (-1, slots)).float()
     groups = _computed(weights).float().unflatten(3, (-1, slots))[..., None].unbind(2)
