@@ -84,7 +84,7 @@ def measured(batch: Batch, arm: Arm, way: Callable[[Policy], dict], whole: bool)
         budget, interval = getattr(policy, "budget", None), getattr(policy, "interval", 1)
         return {"tokens": right, "held": batch.held(right, budget, interval)}
 
-    breaks = isinstance(policy, Lethe) and policy.knee != "none"
+    breaks = isinstance(policy, Lethe) and policy.knee in ("global", "segment")
     found = at_equal_budget(policy, None, batch.read if whole or breaks else count, measure)
     if whole:
         return found

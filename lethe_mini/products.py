@@ -47,7 +47,7 @@ def widens(x: Tensor) -> bool:
 def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
     """q k^T: (B, H_kv, G, D), (B, H_kv, S, D) -> (B, H_kv, G, S) float32, for a small G."""
     if _fusing(k):
-        return _logit_loops(q, k)
+        return _logit_loops(q, k) if len(k) > 1 else _loops(q, k.mT).float()
     if widens(k):
         return torch.stack([x.float() @ wide(y).mT for x, y in zip(q, k, strict=True)])
     return torch.matmul(q, k.mT).float()
@@ -56,7 +56,7 @@ def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
 def grouped_values(weights: Tensor, v: Tensor) -> Tensor:
     """weights v: (B, H_kv, G, S), (B, H_kv, S, D) -> (B, H_kv, G, D) in v's dtype."""
     if _fusing(v):
-        return _value_loops(weights, v).to(v.dtype)
+        return (_value_loops if len(v) > 1 else _loops)(weights.to(v.dtype), v).to(v.dtype)
     if widens(v):
         return torch.stack([x @ wide(y) for x, y in zip(weights, v, strict=True)]).to(v.dtype)
     return torch.matmul(weights.to(v.dtype), v)
@@ -102,6 +102,12 @@ def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
     # Rows from four places at a time keep more reads in flight than one row after the other.
     x = _computed(x).float()
     return torch.cat([(part.float() * x).sum(-1) for part in weight.chunk(4)]).to(weight.dtype)
+
+
+def _loops(a: Tensor, b: Tensor) -> Tensor:
+    """a b as loops for the compiler to fuse: (B, H_kv, N, K), (B, H_kv, K, M), N small. The
+    quickest for one sequence; two and more want what follows."""
+    return (_computed(a).float()[..., None] * b.float()[:, :, None]).sum(-2).to(a.dtype)
 
 
 def _logit_loops(q: Tensor, k: Tensor) -> Tensor:

@@ -33,6 +33,13 @@ def breakpoint(ranked, segments, tau, knee):
     return found[0] if found and found[0] > 0 else None
 
 
+def knee_of(policy):
+    """The reading that `auto` stands for: with a budget none, alone the paper's."""
+    if policy.knee == "auto":
+        return "global" if policy.budget is None else "none"
+    return policy.knee
+
+
 def rasr(masses, gamma):
     """Eq. 5 of one token that received these masses, oldest first."""
     return math.fsum(mass * gamma ** (len(masses) - 1 - t) for t, mass in enumerate(masses))

@@ -44,15 +44,21 @@ ALL |= {
 ALL |= {
     f"lethe-{name}": make(Lethe, **changes)
     for name, changes in {
-        "head": {"granularity": "head"},
+        "layer": {"granularity": "layer"},
         "value-norm": {"value_norm": True},
         "inverse": {"allocation": "inverse_hoyer", "knee": "none"},
         "uniform": {"allocation": "uniform", "knee": "none", "granularity": "head"},
-        "pyramid": {"allocation": "pyramid", "tau": 3.0},
-        "global": {"tau": 3.0},
+        "pyramid": {"allocation": "pyramid", "knee": "global", "tau": 3.0},
+        "global": {"knee": "global", "tau": 3.0, "granularity": "layer"},
         "segment": {"knee": "segment", "tau": 1.5, "segments": 7},
         "no-knee": {"knee": "none", "protect_prompt": False},
-        "alone": {"budget": None, "evict_threshold": 11, "tau": 2.0, "segments": 5},
+        "alone": {
+            "budget": None,
+            "granularity": "layer",
+            "evict_threshold": 11,
+            "tau": 2.0,
+            "segments": 5,
+        },
         "alone-segment": {"budget": None, "evict_threshold": 9, "knee": "segment", "tau": 1.5},
         "alone-head": {
             "budget": None,
@@ -72,7 +78,7 @@ def budget_of(policy):
 
 
 def has_knee(policy):
-    return isinstance(policy, Lethe) and policy.knee != "none"
+    return isinstance(policy, Lethe) and oracles.knee_of(policy) != "none"
 
 
 def protected_of(policy, prompt):
@@ -134,7 +140,9 @@ def right_choice(policy, cache, due):
                 ranked = [sorted(head, reverse=True) for head in scores]
                 mean = [math.fsum(column) / 2 for column in zip(*ranked, strict=True)]
                 over = policy.budget or n > (layer.thresholds[row] or policy.evict_threshold)
-                found = oracles.breakpoint(mean, policy.segments, policy.tau, policy.knee)
+                found = oracles.breakpoint(
+                    mean, policy.segments, policy.tau, oracles.knee_of(policy)
+                )
                 salient = found if over and found else n
             protected = protected_of(policy, cache.prompt[row])
             room = share[row] - min(protected, n) * (policy.budget is not None)

@@ -35,10 +35,10 @@ POLICIES = {
     "pyramidkv": lambda **kwargs: PyramidKV(window=WINDOW, beta=3.0, **kwargs),
     "rkv": lambda **kwargs: RKV(window=WINDOW, **kwargs),
     "random": RandomKV,
-    "lethe": lambda **kwargs: Lethe(tau=8.0, **kwargs),
+    "lethe": lambda **kwargs: Lethe(tau=8.0, knee="global", granularity="layer", **kwargs),
     "lethe-head": lambda **kwargs: Lethe(knee="none", granularity="head", **kwargs),
-    "lethe-norm": lambda **kwargs: Lethe(knee="none", value_norm=True, **kwargs),
-    "lethe-alone": lambda **kwargs: alone(tau=2.0, **kwargs),
+    "lethe-norm": lambda **kwargs: Lethe(granularity="layer", value_norm=True, **kwargs),
+    "lethe-alone": lambda **kwargs: alone(tau=2.0, granularity="layer", **kwargs),
     "lethe-alone-head": lambda **kwargs: alone(
         knee="segment", segments=3, tau=2.0, granularity="head", **kwargs
     ),
@@ -261,7 +261,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Algorithm 1: the tokens before the breakpoint, or all."""
         ranked = zip(*(sorted(head, reverse=True) for head in scores), strict=True)
         ranked = [math.fsum(column) for column in ranked]
-        found = oracles.breakpoint(ranked, policy.segments, policy.tau, policy.knee)
+        found = oracles.breakpoint(ranked, policy.segments, policy.tau, oracles.knee_of(policy))
         return found or len(scores[0])
 
     @rule(data=st.data())

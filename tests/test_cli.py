@@ -215,7 +215,8 @@ def test_lethe_and_paper_are_short_for_the_policy(run, model, tmp_path):
         assert code == 0
         told.append(json.loads(path.read_text())["policy"])
     assert told[0] == told[1]
-    assert {k for k in told[0] if told[0][k] != told[2][k]} == {"protect_prompt", "even_share"}
+    ours = {"protect_prompt", "even_share", "knee", "granularity"}
+    assert {k for k in told[0] if told[0][k] != told[2][k]} == ours
 
 
 def test_help_tells_every_option_and_its_default(capsys, monkeypatch):
@@ -291,7 +292,7 @@ def test_the_script_runs(model):
         (["--lethe", "--sinks", -1], "sinks should be at least 0, not -1"),
         (["--lethe", "--interval", 0], "interval should be at least 1, not 0"),
         (["--lethe", "--segments", 1], "segments should be at least 2, not 1"),
-        (["--lethe", "--knee", "elbow"], "knee should be one of global"),
+        (["--lethe", "--knee", "elbow"], "knee should be one of auto, global"),
         (["--lethe", "--knee", "none"], "budget"),
         (["--lethe", "--allocation", "uniform"], "budget"),
         (["--policy", "snapkv", "--kernel", 4], "kernel should be odd, not 4"),

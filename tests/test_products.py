@@ -26,13 +26,18 @@ def near(mine, a, b, dtype, more=0.0):
     sizes=st.tuples(st.integers(1, 29), st.integers(1, 31)),
     bias=st.booleans(),
     dtype=DTYPES,
+    widens=st.booleans(),
     seed=SEEDS,
 )
-def test_linear_is_a_product(lead, sizes, bias, dtype, seed):
+def test_linear_is_a_product(lead, sizes, bias, dtype, widens, seed):
+    """On a CPU that knows 16-bit numbers, and on one that has to widen them, in pieces."""
     torch.manual_seed(seed)
     layer = Linear(*sizes, bias=bias).to(dtype).requires_grad_(False)
     x = torch.randn(*lead, sizes[0]).to(dtype)
-    y = layer(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "WIDENS", widens)
+        patch.setattr(products, "PIECE", 3 * sizes[0])
+        y = layer(x)
     assert y.shape == (*lead, sizes[1])
     assert y.dtype == dtype
     near(y, x, layer.weight.t(), dtype, layer.bias.double() if bias else 0.0)
@@ -41,10 +46,11 @@ def test_linear_is_a_product(lead, sizes, bias, dtype, seed):
 @given(
     shape=st.tuples(*[st.integers(1, n) for n in (3, 2, 4, 19, 9)]),
     loops=st.booleans(),
+    widens=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=SEEDS,
 )
-def test_grouped_products_are_products(shape, loops, dtype, seed):
+def test_grouped_products_are_products(shape, loops, widens, dtype, seed):
     """As matrix products and as the loops that a compiler is given."""
     torch.manual_seed(seed)
     B, H_kv, G, S, D = shape
@@ -52,6 +58,7 @@ def test_grouped_products_are_products(shape, loops, dtype, seed):
     weights = torch.rand(B, H_kv, G, S).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_fusing", lambda x: loops)
+        patch.setattr(products, "WIDENS", widens)
         logits, values = grouped_logits(q, k), grouped_values(weights.float(), k)
     assert logits.dtype == torch.float32
     assert values.dtype == dtype

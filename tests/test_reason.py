@@ -240,9 +240,10 @@ def test_a_window_takes_no_more_than_a_quarter_of_the_room(engine):
         assert arm(choice, "21", protect=True).policy(batch).window == 5
 
 
-@pytest.mark.parametrize(
-    "changes", [{"knee": "segment", "tau": 1.05}, {"interval": 11}, {"knee": "none"}], ids=str
-)
+BREAKS = {"knee": "segment", "tau": 1.05, "granularity": "layer"}
+
+
+@pytest.mark.parametrize("changes", [BREAKS, {"interval": 11}, {"knee": "none"}], ids=str)
 def test_as_much_is_held_whatever_the_breakpoint_and_the_interval(engine, changes):
     """As much as a policy may that keeps its budget, with a round every 4 tokens."""
     batch, base = some_batch(engine), arm("lethe", **changes)
@@ -260,7 +261,7 @@ def test_as_much_is_held_whatever_the_breakpoint_and_the_interval(engine, change
 
 
 def test_writing_takes_the_budget_that_reading_found(engine):
-    batch, one = some_batch(engine), arm("lethe", knee="segment", tau=1.05)
+    batch, one = some_batch(engine), arm("lethe", **BREAKS)
     found = reason.measured(batch, one, batch.read, whole=True)["nominal"]
     asked = []
 
