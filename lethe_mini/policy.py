@@ -225,7 +225,9 @@ class Lethe(Pruner):
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
-        "head", "scores and choices per layer or per KV head", choices=("layer", "head")
+        "auto",
+        "choices per layer or per KV head; auto: per head with a budget, else per layer",
+        choices=("auto", "layer", "head"),
     )
     value_norm: bool = option(False, "weigh a token's score by the norm of its value")
 
@@ -235,9 +237,14 @@ class Lethe(Pruner):
         published = {"protect_prompt": False, "even_share": 0.0, "granularity": "layer"}
         return cls(**{**published, "knee": "global", "recent_ratio": 0.3, **changes})
 
+    @property
+    def per_head(self) -> bool:
+        """Does each KV head choose for itself?"""
+        return self.granularity in (("auto", "head") if self.budget else ("head",))
+
     def _merged(self, scores: Tensor) -> Tensor:
         """(B, 1 or H_kv, S): added up, but per head, where a slot is another token in every one."""
-        return scores if self.granularity == "head" else scores.sum(1, keepdim=True)
+        return scores if self.per_head else scores.sum(1, keepdim=True)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         scores = layer.scores

@@ -150,7 +150,7 @@ def _facts(policy: Policy, cache: KVCache, due: list[bool]) -> dict[str, list]:
     None where there is no such thing."""
     facts: dict[str, list] = {}
     if any(layer.scored for layer in cache.layers):
-        alike = getattr(policy, "granularity", "head") == "layer"  # as Lethe.weights reads eq. 1
+        alike = not getattr(policy, "per_head", True)  # as Lethe.weights reads eq. 1
         values = []
         for layer in cache.layers:
             scores = layer.scores.sum(1, keepdim=True) if alike else layer.scores

@@ -252,7 +252,7 @@ class CacheMachine(RuleBasedStateMachine):
     def check_scores(self, policy, scores, slots):
         """H2O and plain Lethe rank by the scores themselves."""
         held = [[slot[3] for slot in head] for head in slots]
-        if isinstance(policy, H2O) or getattr(policy, "granularity", "") == "head":
+        if isinstance(policy, H2O) or getattr(policy, "per_head", False):
             assert scores == held
         elif isinstance(policy, Lethe) and not policy.value_norm:
             assert scores == [[math.fsum(column) for column in zip(*held, strict=True)]] * KV_HEADS

@@ -280,6 +280,23 @@ def kept_sets(policy, seed, held):
     return [set(row) for row in cache.layers[0].positions[0].tolist()]
 
 
+@pytest.mark.parametrize(
+    ("budget", "means"),
+    [
+        (None, {"granularity": "layer", "knee": "global"}),
+        (17, {"granularity": "head", "knee": "none"}),
+    ],
+)
+@FEW
+@given(held=st.integers(24, 60), seed=seeds)
+def test_auto_is_the_papers_choice_alone_and_per_head_with_a_budget(budget, means, held, seed):
+    """What the two `auto` of Lethe stand for."""
+    auto, told = (Lethe(budget=budget, evict_threshold=20, tau=3.0, **more) for more in ({}, means))
+    kept = kept_sets(auto, seed, held)
+    assert kept == kept_sets(told, seed, held)
+    assert auto.per_head == (means["granularity"] == "head")
+
+
 NESTED = [(policy, "none") for policy in PRUNERS] + [(Lethe, "global"), (Lethe, "segment")]
 
 
@@ -518,7 +535,7 @@ def test_a_budget_without_room_is_refused_before_anything_is_computed(policy, pr
         assert "\n" not in str(e.value)
 
 
-def test_the_papers_reading_is_the_default_but_for_the_prompt_and_the_even_share():
+def test_paper_is_every_parameter_as_published():
     """`paper` sets what the paper says, and takes changes on top."""
     paper = Lethe.paper(budget=64)
     assert (paper.tau, paper.recent_ratio, paper.knee) == (400, 0.3, "global")

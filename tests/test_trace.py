@@ -169,7 +169,7 @@ def check_facts(policy, record, before, note):
             assert "hoyer" not in record
         else:
             rows = [head[:n] for head in note.scores[layer][note.row]]
-            if getattr(policy, "granularity", "head") == "layer":
+            if not getattr(policy, "per_head", True):
                 rows = [[sum(column) for column in zip(*rows, strict=True)]]
             right = sum(map(oracles.hoyer, rows)) / len(rows)
             assert record["hoyer"][layer] == pytest.approx(right, abs=2e-4)
