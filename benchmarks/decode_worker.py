@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import inspect
 import json
 import os
 import re
@@ -495,7 +496,7 @@ class Transformers(System):
         start = time.perf_counter()
         tokens = torch.tensor([ids], device=self.model.device)
         self.cache = DynamicCache()
-        out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(tokens, **self.caching(), logits_to_keep=1)
         self.tokens = out.logits[:, -1].argmax(-1)
         self.chosen = self.tokens.tolist()
         seconds = time.perf_counter() - start
@@ -505,9 +506,14 @@ class Transformers(System):
         return seconds
 
     def forward(self) -> list[int]:
-        out = self.model(self.tokens[:, None], past_key_values=self.cache, use_cache=True)
+        out = self.model(self.tokens[:, None], **self.caching())
         self.tokens = out.logits[:, -1].argmax(-1)
         return self.tokens.tolist()
+
+    def caching(self) -> dict:
+        """The cache as forward takes it: transformers 5.24 gave the argument a new name."""
+        takes = inspect.signature(self.model.forward).parameters
+        return {"cache" if "cache" in takes else "past_key_values": self.cache, "use_cache": True}
 
     def held(self) -> dict:
         layers = self.cache.layers
@@ -556,7 +562,7 @@ class KVPress(Transformers):
 
         # A pruned cache is shorter than the text, so the position has to be given.
         places = torch.full((len(self.tokens), 1), self.position, device=self.model.device)
-        options = {"past_key_values": self.cache, "use_cache": True, "position_ids": places}
+        options = self.caching() | {"position_ids": places}
         self.tokens = self.model(self.tokens[:, None], **options).logits[:, -1].argmax(-1)
         self.position += 1
         return self.tokens.tolist()
