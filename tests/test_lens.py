@@ -79,10 +79,11 @@ def opened(browser, tmp_path):
 
 @pytest.fixture(scope="session")
 def runs(demo):
-    """Two runs of the demo model from one prompt: by Lethe, and by chance."""
+    """Two runs of the demo model from one prompt: by Lethe, all heads alike, and by chance."""
     engine, traces = Engine.from_pretrained(str(demo)), []
     prompt = "Is <script>alert(1)</script> safe on a page?"
-    for policy in (Lethe(budget=60, interval=12), RandomKV(budget=60, interval=12)):
+    together = Lethe.paper(budget=60, interval=12, protect_prompt=True, even_share=0.5)
+    for policy in (together, RandomKV(budget=60, interval=12)):
         traces.append(Trace())
         engine.generate([prompt], policy, 70, ignore_eos=True, trace=traces[-1])
     return traces
