@@ -90,8 +90,8 @@ class Engine:
         sizes = (max_new_tokens, num_samples, batch_size, prefill_chunk)
         limits = check_request(prompts, *sizes, positions, cache)
         encoded = encode_prompts(self, prompts, policy, system, raw, cache)
-        lengths, ends = [len(ids) for ids in encoded], not ignore_eos
-        roster = Roster(lengths, limits, num_samples, seed, self.text, ends, on_token, on_finish)
+        counts, told = [len(ids) for ids in encoded], (on_token, on_finish)
+        roster = Roster(counts, limits, num_samples, seed, self.text, ignore_eos, *told)
         meter = Meter(self, policy, seed, positions, len(roster.sequences), trace)
         if trace is not None:
             trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])

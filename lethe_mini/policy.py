@@ -286,9 +286,10 @@ class Lethe(Pruner):
     def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
         """Algorithm 1: the tokens before the breakpoint, or all of them if there is none."""
         length = importance.shape[1]
-        if self.budget is None and length <= self._threshold(layer, row):
+        knee = self.knee if self.knee != "auto" else "none" if self.budget else "global"
+        early = self.budget is None and length <= self._threshold(layer, row)
+        if early or knee == "none":
             return length
         # Every head's curve, then their mean: after a round a slot is another token in every head.
         ranked = importance.sort(dim=-1, descending=True).values.mean(0).cpu()
-        knee = self.knee if self.knee != "auto" else "none" if self.budget else "global"
         return find_breakpoint(ranked, self.segments, self.tau, knee) or length

@@ -70,8 +70,6 @@ def widened(*tensors: Tensor) -> list[Tensor]:
 def wide(x: Tensor) -> Tensor:
     """x in float32, in memory that the next call uses again: a fresh piece would cost more than
     the product. Valid until then, in this thread."""
-    if x.dtype == torch.float32 or not widens(x):
-        return x.float()
     if len(getattr(_kept, "numbers", ())) < x.numel():
         with torch.inference_mode(False):
             _kept.numbers = torch.empty(x.numel())

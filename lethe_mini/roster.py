@@ -16,8 +16,7 @@ class Roster:
     """The sequences of one call, `num_samples` of every prompt. Row r of the batch is live[r].
 
     lengths, limits: per prompt, its tokens and the most that may follow. A sequence's draws come
-    from `seed` and its number among its prompt's samples alone, never from its neighbours. ends:
-    does an end-of-text token end it?
+    from `seed` and its number among its prompt's samples alone, never from its neighbours.
     """
 
     def __init__(
@@ -27,7 +26,7 @@ class Roster:
         num_samples: int,
         seed: int,
         text: Text | None,
-        ends: bool,
+        ignore_eos: bool,
         on_token: Callable[[int, int], None] | None,
         on_finish: Callable[[int, Generated], None] | None,
     ):
@@ -35,7 +34,7 @@ class Roster:
         self.pending = deque(range(len(self.sequences)))
         self.live: list[int] = []
         self.limits, self.num_samples, self.seed, self.text = limits, num_samples, seed, text
-        self.eos = text.eos_ids if ends and text is not None else frozenset()
+        self.eos = frozenset() if ignore_eos or text is None else text.eos_ids
         self.on_token, self.on_finish = on_token, on_finish
         self.random: dict[int, random.Random] = {}  # of every live sequence
 
