@@ -47,7 +47,6 @@ FUNCTIONS = {
 METHODS = {
     (KVCache, "decay"): "scoring: decay",
     (LayerCache, "reserve"): "cache: bookkeeping",
-    (KVCache, "advance"): "cache: bookkeeping",
 }
 
 

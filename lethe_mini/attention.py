@@ -1,4 +1,4 @@
-"""The hot path: RoPE, and attention that also tells how much mass every key received.
+"""The hot path: attention that also tells how much mass every key received.
 
 Query heads share key/value heads in groups (G = H / H_kv); keys and values are never repeated.
 A decoding step (T = 1) is written out as two grouped products with a softmax between them, so the

@@ -73,8 +73,6 @@ class LayerCache:
         slots = torch.arange(self.length, device=self.filled.device)
         return (slots < self.filled[:, None])[:, None]
 
-    # -- every step -----------------------------------------------------------------------------
-
     def reserve(self, T: int) -> tuple[Store, Tensor]:
         """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)
         the slots they take. While decoding that is all storage: a new shape at every step would
@@ -98,24 +96,14 @@ class LayerCache:
             self.store[name] = new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.length] = old[:, :, : self.length]
 
-    # -- rounds and batches ---------------------------------------------------------------------
+    def keep(self, indices: Tensor, counts: list[int], rows: list[int] | None = None) -> None:
+        """Keeps of sequence rows[b] (default: b) the first counts[b] slots named in indices[b, h].
 
-    def keep(self, indices: Tensor, counts: list[int]) -> None:
-        """Keeps of sequence b the first counts[b] slots named in indices[b, h], in that order.
-
-        indices: (B, H_kv, at least max(counts)) int64, ascending. In compact mode keys turn to
-        their new slots.
+        indices: (B, H_kv, at least max(counts)) int64, ascending. Every tensor moves, in the same
+        way, into new storage of just as many blocks as needed; in compact mode keys turn to their
+        new slots.
         """
-        self._take(list(range(len(counts))), indices, counts)
-
-    def select(self, rows: list[int]) -> None:
-        """Keeps these sequences, in this order; one may appear twice, as a fork of itself."""
-        heads = self.store["keys"].shape[1]
-        all_slots = torch.arange(self.length, device=self.filled.device)
-        self._take(rows, all_slots.expand(len(rows), heads, -1), [self.lengths[r] for r in rows])
-
-    def _take(self, rows: list[int], indices: Tensor, counts: list[int]) -> None:
-        """Every tensor moves together, into new storage of just as many blocks as needed."""
+        rows = list(range(len(counts))) if rows is None else rows
         n, device = max(counts, default=0), indices.device
         indices, kept = indices[:, :, :n], torch.arange(n, device=device)
         beyond = kept >= torch.tensor(counts, device=device)[:, None, None]  # (B, 1, n)
@@ -136,6 +124,12 @@ class LayerCache:
             shift = (self.filled - before)[:, None, None]
             self.queries = rotate(self.queries, *rope_cos_sin(shift, self.inv_freq))
         self.thresholds = [self.thresholds[r] for r in rows]
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps these sequences, in this order; one may appear twice, as a fork of itself."""
+        heads = self.store["keys"].shape[1]
+        all_slots = torch.arange(self.length, device=self.filled.device)
+        self.keep(all_slots.expand(len(rows), heads, -1), [self.lengths[r] for r in rows], rows)
 
     def join(self, other: "LayerCache") -> None:
         """Appends the other's sequences behind these; the other is used up."""
@@ -168,19 +162,11 @@ class KVCache:
         self.seen = [0] * batch  # tokens seen: the next position
         self.prompt = [0] * batch  # of these, tokens of the prompt
 
-    def seen_tensor(self) -> Tensor:
-        """(B,) int64: the next token's position."""
-        return torch.tensor(self.seen, device=self.device)
-
     def next_angle(self, row: int) -> int:
         """The RoPE position of a sequence's next token; in compact mode its highest slot."""
         if not self.layers[0].compact:
             return self.seen[row]
         return max(layer.lengths[row] for layer in self.layers)
-
-    def advance(self, T: int) -> None:
-        """T more tokens of every sequence have gone through all layers."""
-        self.seen = [seen + T for seen in self.seen]
 
     def decay(self, gamma: float) -> None:
         """The factor of arXiv 2511.06029, eq. 5; once per decoded token, once per prefill."""

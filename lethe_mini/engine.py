@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .loader import check_dtype, load_model, pick_device, pick_dtype, resolve
+from .loader import load
 from .model import Transformer
 from .policy import FullKV, Policy
 from .prompts import check_request, encode_prompts
@@ -40,14 +40,10 @@ class Engine:
         """model: a folder, a hub id, "reasoner" or "demo"; compile: decode through torch.compile,
         which takes half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be
         loaded."""
-        device = pick_device(device)
-        check_dtype(dtype)
-        folder = resolve(model, revision)
-        weights = load_model(folder, device, pick_dtype(dtype, device, folder))
-        engine = cls(weights, Text(folder), model)
+        folder, transformer = load(model, device, dtype, revision)
         if compile:
-            engine.model.compile()
-        return engine
+            transformer.compile()
+        return cls(transformer, Text(folder), model)
 
     @torch.inference_mode()
     def generate(

@@ -93,6 +93,16 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def load(
+    model: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> tuple[Path, Transformer]:
+    """The folder of a model (see `resolve`), and the model, ready to run. Raises UserError."""
+    device = pick_device(device)
+    check_dtype(dtype)
+    folder = resolve(model, revision)
+    return folder, load_model(folder, device, pick_dtype(dtype, device, folder))
+
+
 def pick_device(name: str) -> str:
     """ "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError for what is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

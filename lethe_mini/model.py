@@ -117,8 +117,8 @@ class Transformer(nn.Module):
         """
         B, T = tokens.shape
         if positions is None:
-            first = torch.zeros(B, device=tokens.device) if cache is None else cache.seen_tensor()
-            positions = first.long()[:, None] + torch.arange(T, device=tokens.device)
+            seen = torch.tensor([0] * B if cache is None else cache.seen, device=tokens.device)
+            positions = seen[:, None] + torch.arange(T, device=tokens.device)
         x = self.embed_tokens(tokens)
         cos, sin = rope_cos_sin(positions[:, None], self.inv_freq)
         for index, block in enumerate(self.decode_layers if T == 1 and cache else self.layers):
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
             x, q = block(x, cos, sin, positions, store, slots)
             layer.remember(q)
         if cache is not None:
-            cache.advance(T)
+            cache.seen = [seen + T for seen in cache.seen]
         if last_only:
             x = x[:, -1:]
         return self.lm_head(self.norm(x)).float()

@@ -5,10 +5,10 @@ from dataclasses import field, fields
 from .errors import UserError
 
 
-def option(default, help: str, low=None, high=None, choices=None, unbudgeted=None):
-    """A dataclass field that is also a command-line option: its help, its closed range or words,
-    and which of these make sense where there is no budget."""
-    limits = {"low": low, "high": high, "choices": choices, "unbudgeted": unbudgeted}
+def option(default, help: str, low=None, high=None, choices: dict[str, bool] | None = None):
+    """A dataclass field that is also a command-line option: its help, and its closed range or its
+    words, each with whether it makes sense where there is no budget."""
+    limits = {"low": low, "high": high, "choices": choices}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -27,7 +27,7 @@ def check_options(policy) -> None:
         if low is not None and value is not None and not low <= value <= (high or 1e18):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"{name} should be {span}, not {value}")
-        if policy.budget is None and value not in (meta.get("unbudgeted") or (value,)):
+        if policy.budget is None and choices and not choices[value]:
             raise UserError(f"{name} {value} needs a budget; give one (--budget)")
 
 

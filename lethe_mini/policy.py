@@ -19,8 +19,6 @@ from .budget import pyramid, split_budget
 from .cache import KVCache, LayerCache
 from .options import check_options, check_room, option
 
-# -- the paper's equations -------------------------------------------------------------------------
-
 
 def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
     """How concentrated attention is, in [0, 1]: 0 uniform, 1 one-hot (arXiv 2511.06029, eq. 1).
@@ -79,9 +77,6 @@ def choose(
     return always.scatter(-1, order, chosen).nonzero()[:, 1].view(len(order), int(n))
 
 
-# -- the protocol ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Policy:
     """What the engine asks of a policy. This one keeps everything."""
@@ -129,8 +124,6 @@ class Pruner(Policy):
     def __post_init__(self):
         check_options(self)
 
-    # -- what a policy may define -------------------------------------------------------------
-
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         """(B, H_kv, S): the higher, the longer a token stays. Heads may differ."""
         raise NotImplementedError
@@ -147,8 +140,6 @@ class Pruner(Policy):
     def recent(self, room: int) -> int:
         """How many of `room` tokens go to the newest; at least `min_recent`."""
         return min(room, max(self.min_recent, int(self.recent_ratio * room)))
-
-    # -- what is the same for all -------------------------------------------------------------
 
     def protected(self, prompt: int) -> int:
         """First positions that always stay, of a sequence with so long a prompt."""
@@ -200,8 +191,10 @@ class Pruner(Policy):
         return [list(row) for row in zip(*columns, strict=True)]
 
 
-DIVIDE = ("hoyer", "inverse_hoyer", "uniform", "pyramid")
-KNEES = ("auto", "global", "segment", "none")
+# The words of Lethe's options, and whether each makes sense without a budget.
+ALLOCATIONS = {"hoyer": True, "inverse_hoyer": False, "uniform": False, "pyramid": False}
+KNEES = {"auto": True, "global": True, "segment": True, "none": False}
+GRANULARITIES = {"auto": True, "layer": True, "head": True}
 
 
 @dataclass(frozen=True)
@@ -210,24 +203,17 @@ class Lethe(Pruner):
 
     name: ClassVar[str] = "lethe"
 
-    allocation: str = option(
-        "hoyer", "what divides the budget over layers", choices=DIVIDE, unbudgeted=DIVIDE[:1]
-    )
+    allocation: str = option("hoyer", "divides the budget over layers", choices=ALLOCATIONS)
     even_share: float = option(0.5, "part of the budget by Hoyer that layers share evenly", 0, 1)
     knee: str = option(
-        "auto",
-        "which ratio makes a breakpoint; auto: global without a budget, else none",
-        choices=KNEES,
-        unbudgeted=KNEES[:3],
+        "auto", "what makes a breakpoint (auto: none with a budget, else global)", choices=KNEES
     )
     tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
-        "auto",
-        "choices per layer or per KV head; auto: per head with a budget, else per layer",
-        choices=("auto", "layer", "head"),
+        "auto", "who chooses (auto: head with a budget, else layer)", choices=GRANULARITIES
     )
     value_norm: bool = option(False, "weigh a token's score by the norm of its value")
 

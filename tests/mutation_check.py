@@ -37,8 +37,8 @@ FAULTS = {  # what is wrong: file, right text, wrong text
     ),
     "position taken from the slot": (
         "model.py",
-        "cache.seen_tensor()",
-        "cache.layers[0].filled",
+        "else cache.seen, device",
+        "else cache.layers[0].lengths, device",
     ),
     "sinks unprotected": ("policy.py", "else self.sinks", "else 0"),
 }

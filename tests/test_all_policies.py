@@ -104,14 +104,14 @@ def new_cache(policy, prompt=0, compact=None, layers=3):
 
 def feed(cache, T):
     """T tokens of noise for every sequence of every layer, with skewed masses."""
-    positions = cache.seen_tensor()[:, None] + torch.arange(T)
+    positions = torch.tensor(cache.seen)[:, None] + torch.arange(T)
     for layer in cache.layers:
         B = len(layer.lengths)
         noise = torch.randn(3, B, 6, T, 10)
         tiny.put(layer, noise[0, :, :2], noise[1, :, :2], positions)
         mass = torch.rand(B, 2, layer.length) ** 6 * layer.valid() if layer.scored else None
         tiny.observe(layer, noise[2], mass)
-    cache.advance(T)
+    cache.seen = [seen + T for seen in cache.seen]
 
 
 def held_positions(cache):
@@ -211,7 +211,7 @@ def test_scores_move_with_their_key(name, steps, seed):
         for past in ledger.values():
             past.append(0.0)
         cache.decay(policy.gamma)
-        positions = cache.seen_tensor()[:, None] + torch.arange(T)
+        positions = torch.tensor(cache.seen)[:, None] + torch.arange(T)
         everyone = torch.rand(3, 2, cache.seen[0] + T, generator=chance) ** 5
         for index, layer in enumerate(cache.layers):
             noise = torch.randn(2, 1, 2, T, 10, generator=chance)
@@ -221,7 +221,7 @@ def test_scores_move_with_their_key(name, steps, seed):
             for head, masses in enumerate(everyone[index].tolist()):
                 for position, one in enumerate(masses):
                     ledger.setdefault((index, head, position), [0.0])[-1] = one
-        cache.advance(T)
+        cache.seen = [seen + T for seen in cache.seen]
         policy.round(cache, [True])
         for index, (layer, held) in enumerate(zip(cache.layers, held_positions(cache))):  # noqa: B905
             scores = layer.scores[0].tolist()

@@ -125,7 +125,7 @@ def test_the_policies_of_the_guide_prune(capsys):
     cache, kv = KVCache(ModelConfig.from_dict(SIZES)), torch.zeros(1, 2, 23, 6)
     for layer in cache.layers:
         tiny.put(layer, kv, kv, torch.arange(23)[None])
-    cache.advance(23)
+    cache.seen = [23]
     names["EverySecond"](budget=9, sinks=0, recent_ratio=0.0).round(cache, [True])
     for layer in cache.layers:  # the last one is always recent, and even
         assert layer.positions[0, 1].tolist() == list(range(6, 23, 2))

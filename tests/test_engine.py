@@ -241,9 +241,10 @@ POLICY_CASES |= {
 
 @torch.inference_mode()
 @pytest.mark.parametrize("case", POLICY_CASES)
-def test_logits_are_those_of_a_full_cache_with_the_evicted_keys_masked(engine, case):
-    """Every policy, at every step after every round: 1e-5 of the logits' scale."""
-    witness, evicted = Witness(engine), 0
+def test_logits_are_those_of_a_full_cache_with_the_evicted_keys_masked(case):
+    """Every policy, at every step after every round: 1e-5 of the logits' scale. The usual weights,
+    twice as wild, amplify rounding to that much by themselves: one step in a hundred."""
+    engine, evicted = Engine(random_model(spread=1.5)), 0
     for length, seed in ((1, 1), (17, 2), (17, 3)):
         witness = Witness(engine)
         evicted += witness.run(ids(length, seed), POLICY_CASES[case], 73).stats.evicted_tokens

@@ -39,14 +39,14 @@ def cache_of(layers=1, batch=1, heads=3, width=4, group=2, **kwargs):
 
 def feed(cache, T, group=2):
     """T tokens of noise for every sequence, skewed masses and queries included."""
-    positions = cache.seen_tensor()[:, None] + torch.arange(T)
+    positions = torch.tensor(cache.seen)[:, None] + torch.arange(T)
     for layer in cache.layers:
         B, heads, _, width = layer.store["keys"].shape
         noise = torch.randn(3, B, heads * group, T, width)
         tiny.put(layer, noise[0, :, :heads], noise[1, :, :heads], positions)
         mass = torch.rand(B, heads, layer.length) ** 6 * layer.valid() if layer.scored else None
         tiny.observe(layer, noise[2], mass)
-    cache.advance(T)
+    cache.seen = [seen + T for seen in cache.seen]
     return cache
 
 
