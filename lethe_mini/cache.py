@@ -162,6 +162,8 @@ class KVCache:
         self.seen = [0] * batch  # tokens seen: the next position
         self.prompt = [0] * batch  # of these, tokens of the prompt
 
+    held = property(lambda self: sum(sum(layer.lengths) for layer in self.layers))  # tokens, in all
+
     def next_angle(self, row: int) -> int:
         """The RoPE position of a sequence's next token; in compact mode its highest slot."""
         if not self.layers[0].compact:
@@ -172,11 +174,6 @@ class KVCache:
         """The factor of arXiv 2511.06029, eq. 5; once per decoded token, once per prefill."""
         if gamma != 1:
             torch._foreach_mul_([layer.store["scores"] for layer in self.layers], gamma)
-
-    @property
-    def held(self) -> int:
-        """Tokens held: all layers, all sequences."""
-        return sum(sum(layer.lengths) for layer in self.layers)
 
     @property
     def token_bytes(self) -> int:

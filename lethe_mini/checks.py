@@ -21,6 +21,8 @@ def read_json(path: Path) -> dict:
     """The object that a JSON file holds. Raises UserError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: a model folder needs {path.name}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checks import parse_config, read_json
-from .errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,6 @@ class ModelConfig:
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Reads `folder/config.json`. Raises UserError for what cannot be run as it stands."""
         path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise UserError(f"{path} is missing: a model folder needs config.json")
         return cls.from_dict(read_json(path), where=str(path))
 
     @classmethod

@@ -101,10 +101,7 @@ class Transformer(nn.Module):
         self.inv_freq = inverse_frequencies(self.config).to(device)
 
     def compile(self) -> None:
-        """Opt-in: decoding through torch.compile, a layer at a time; eager is the reference.
-
-        Sizes are dynamic, so that a growing cache compiles a handful of variants, once each.
-        """
+        """Opt-in: decoding through torch.compile, a layer at a time, for any size of the cache."""
         self.decode_layers = [torch.compile(block, dynamic=True) for block in self.layers]
 
     def forward(
