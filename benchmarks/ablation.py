@@ -55,22 +55,26 @@ HALVES = {
     "neither": (NoRASR, ALONE | {"allocation": "uniform"}),
     "no-decay": (Lethe, {"gamma": 1.0}),
 }
+PUBLISHED = {"granularity": "layer", "knee": "global"}  # where a breakpoint belongs
 FACTORS: dict[str, list[dict]] = {
-    "tau": [{"knee": "global", "tau": float(tau)} for tau in (100, 200, 400, 800)],
+    "tau": [PUBLISHED | {"tau": float(tau)} for tau in (100, 200, 400, 800)],
     "recent_ratio": [{"recent_ratio": ratio} for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)],
     "knee": [
-        {"knee": "global", "tau": 400.0},
-        {"knee": "segment", "tau": 2.0},
-        {"knee": "none"},
+        PUBLISHED,
+        {"granularity": "layer", "knee": "segment", "tau": 2.0},
+        {"granularity": "layer", "knee": "none"},
+        {"granularity": "head", "knee": "global"},
     ],
     "gamma": [{"gamma": gamma} for gamma in (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)],
-    "segments": [{"knee": "global", "segments": parts} for parts in (4, 8, 16, 32, 64)],
+    "segments": [PUBLISHED | {"segments": parts} for parts in (4, 8, 16, 32, 64)],
     "sinks": [{"sinks": sinks} for sinks in (0, 1, 4, 16)],
     "interval": [{"interval": tokens} for tokens in (4, 8, 16, 32, 64)],
     "allocation": [
         {"allocation": name} for name in ("hoyer", "inverse_hoyer", "uniform", "pyramid")
     ],
-    "even_share": [{"even_share": part} for part in (0.0, 0.25, 0.5, 0.75)],
+    "even_share": [{"even_share": part} for part in (0.0, 0.25, 0.35, 0.5, 0.75)],
+    "cap": [{"cap": medians} for medians in (0.0, 1.5, 2.0)],
+    "lag": [{"lag": tokens} for tokens in (0, 2, 4, 6, 8, 16)],
     "granularity": [{"granularity": name} for name in ("layer", "head")],
     "value_norm": [{"value_norm": value} for value in (False, True)],
     "protect_prompt": [{"protect_prompt": value} for value in (False, True)],
@@ -94,7 +98,8 @@ def arms_of(args: argparse.Namespace, budget: str) -> list[Arm]:
             continue
         for changes in FACTORS[factor]:
             if any(base[name] != value for name, value in changes.items()):
-                arms.append(arm(f"{factor}={changes[factor]}", Lethe, changes))
+                name = ", ".join(f"{key}={value}" for key, value in changes.items())
+                arms.append(arm(name, Lethe, changes))
     return arms
 
 

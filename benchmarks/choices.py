@@ -25,6 +25,8 @@ PLAIN = {
     "granularity": "layer",
     "value_norm": False,
     "even_share": 0.0,
+    "cap": 0.0,
+    "lag": 0,
 }
 CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
     "full": (FullKV, {}),
@@ -50,6 +52,8 @@ CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
             "granularity": "head",
             "value_norm": True,
             "even_share": 0.0,
+            "cap": 0.0,
+            "lag": 0,
         },
     ),
 }

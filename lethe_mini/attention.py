@@ -25,15 +25,21 @@ def causal_mask(slots: Tensor, S: int) -> Tensor | None:
     return (torch.arange(S, device=slots.device) <= slots[..., None])[:, None]
 
 
+def lagged(mask: Tensor, lag: int) -> Tensor:
+    """A causal mask (..., S), less the `lag` newest slots that each query sees."""
+    return F.pad(mask, (0, lag))[..., lag:]
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, want_mass: bool = False
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, want_mass: bool = False, lag: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Grouped-query attention and, if wanted, the mass that each key received.
 
     q: (B, H, T, D); k, v: (B, H_kv, S, D); mask: (B, 1, T, S) bool, True where the query may look,
     or None: the queries are in the last T slots and the mask is causal.
     Returns (B, H, T, D) and the mass (B, H_kv, S) float32, summed over T and the group's G heads
-    (arXiv 2511.06029, eq. 2, per sequence and key/value head), or None.
+    (arXiv 2511.06029, eq. 2, per sequence and key/value head), or None. Only queries count that
+    are at least `lag` slots behind the key.
     """
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
@@ -45,23 +51,25 @@ def attend(
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=square, enable_gqa=True
         )
-        return out.to(dtype), received_mass(q, k, mask) if want_mass else None
+        return out.to(dtype), received_mass(q, k, mask, lag) if want_mass else None
+    mask = q.new_ones(1, 1, 1, S, dtype=torch.bool) if mask is None else mask
     logits = grouped_logits(q.view(B, H_kv, H // H_kv, D) * D**-0.5, k)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    weights = logits.softmax(dim=-1)  # (B, H_kv, G, S)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)  # (B, H_kv, G, S)
     out = grouped_values(weights, v).view(B, H, T, D)
-    return out, weights.sum(dim=2) if want_mass else None
+    if not want_mass:
+        return out, None
+    mass = weights.sum(dim=2)
+    return out, mass * lagged(mask[:, :, 0], lag) if lag else mass
 
 
 def received_mass(
-    q: Tensor, k: Tensor, mask: Tensor | None, weights: Tensor | None = None
+    q: Tensor, k: Tensor, mask: Tensor | None, lag: int = 0, weights: Tensor | None = None
 ) -> Tensor:
-    """The mass each key receives from T queries; shapes and mask as in `attend`. weights: (T, 1),
-    what each query counts.
+    """The mass each key receives from T queries; the rest as in `attend`. weights: (T, 1), what
+    each query counts.
 
-    Queries go in blocks, so memory is linear in S. Every row of the softmax sums to 1, so the mass
-    of a sequence adds up to H x T.
+    Queries go in blocks, so memory is linear in S. Every row of the softmax sums to 1, so without a
+    lag the mass of a sequence adds up to H x T.
     """
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
@@ -72,13 +80,16 @@ def received_mass(
         rows = q[:, :, first:last].reshape(B, H_kv, -1, D) * D**-0.5  # (B, H_kv, G * t, D)
         logits = torch.matmul(rows, k[:, :, :seen].mT).float()
         logits = logits.view(B, H_kv, H // H_kv, -1, seen)  # (B, H_kv, G, t, seen)
-        if mask is None:  # only among the block's own tokens are some ahead of a query
-            t = last - first
-            ahead = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-            logits[..., -t:].masked_fill_(ahead, -torch.inf)
+        if mask is None:
+            near = min(seen, last - first + lag)  # slots that some query of the block may not count
+            looks = torch.ones(last - first, near, dtype=torch.bool, device=q.device)
+            looks = looks.tril(near - (last - first))
         else:
-            logits.masked_fill_(~mask[:, :, first:last].unsqueeze(2), -torch.inf)
+            near, looks = S, mask[:, :, first:last].unsqueeze(2)
+        logits[..., -near:].masked_fill_(~looks, -torch.inf)
         shares = logits.softmax(dim=-1)
+        if lag:
+            shares[..., -near:] *= lagged(looks, lag)
         if weights is not None:
             shares *= weights[first:last]
         mass[:, :, :seen] += shares.sum(dim=(2, 3))

@@ -37,13 +37,14 @@ def write(store: Store, slots: Tensor, k: Tensor, v: Tensor, positions: Tensor) 
 class LayerCache:
     """What one layer holds for B sequences.
 
-    scored:   keep a score per slot (float32, whatever the model's dtype).
+    scored:   keep a score per slot (float32, whatever the model's dtype), of the mass from queries
+              at least `lag` slots later.
     window:   also keep the last `window` queries, for policies that look through them at a round.
     inv_freq: given in compact mode, where a key's RoPE angle is that of its slot.
     """
 
-    def __init__(self, index, config, batch, dtype, device, scored, window, inv_freq):
-        self.index, self.window, self.inv_freq = index, window, inv_freq
+    def __init__(self, index, config, batch, dtype, device, scored, lag, window, inv_freq):
+        self.index, self.lag, self.window, self.inv_freq = index, lag, window, inv_freq
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         empty = torch.zeros(batch, kv_heads, 0, device=device)
         wide = torch.zeros(batch, kv_heads, 0, config.head_dim, device=device, dtype=dtype)
@@ -145,18 +146,18 @@ class LayerCache:
 class KVCache:
     """The layers' caches, and what is counted once per sequence.
 
-    config: the model's sizes; scored, window: see LayerCache; compact: the model's RoPE
+    config: the model's sizes; scored, lag, window: see LayerCache; compact: the model's RoPE
     frequencies, if keys are to turn to their slots at every round.
     """
 
     def __init__(
-        self, config, batch=1, dtype=None, device="cpu", scored=False, window=0, compact=None
+        self, config, batch=1, dtype=None, device="cpu", scored=False, lag=0, window=0, compact=None
     ):
         self.device = torch.device(device)
         if compact is not None:  # turned again and again, so in float64 where the device has it
             compact = compact.to(torch.float32 if self.device.type == "mps" else torch.float64)
         self.layers = [
-            LayerCache(index, config, batch, dtype, self.device, scored, window, compact)
+            LayerCache(index, config, batch, dtype, self.device, scored, lag, window, compact)
             for index in range(config.num_hidden_layers)
         ]
         self.seen = [0] * batch  # tokens seen: the next position

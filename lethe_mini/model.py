@@ -62,10 +62,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, positions, store: Store | None = None, slots=None):
+    def forward(self, x, cos, sin, positions, store: Store | None = None, slots=None, lag=0):
         """x: (B, T, hidden); cos, sin: (B, 1, T, D/2); positions: (B, T) -> x and the queries
         (B, H, T, D). With a layer's `store`, it writes to `slots` (B, T), looks at all up to there,
-        and adds the mass to the scores: the sum in arXiv 2511.06029, eq. 5."""
+        and adds the mass (see `attend`) to the scores: the sum in arXiv 2511.06029, eq. 5."""
         B, T, _ = x.shape
         attn, normed = self.self_attn, self.input_layernorm(x)
         projections = (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -77,7 +77,7 @@ class Block(nn.Module):
             write(store, slots, k, v, positions)
             keys, scores = store["keys"], store.get("scores")
             mask = causal_mask(slots, keys.shape[2])
-            out, mass = attend(q, keys, store["values"], mask, want_mass=scores is not None)
+            out, mass = attend(q, keys, store["values"], mask, scores is not None, lag)
             if mass is not None:
                 scores.add_(mass)
         x = x + attn.o_proj(out.transpose(1, 2).flatten(2))
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
             store, slots = layer.reserve(T)
             if layer.compact:  # there a token's angle is its slot's
                 cos, sin = rope_cos_sin(slots[:, None], layer.inv_freq)
-            x, q = block(x, cos, sin, positions, store, slots)
+            x, q = block(x, cos, sin, positions, store, slots, layer.lag)
             layer.remember(q)
         if cache is not None:
             cache.seen = [seen + T for seen in cache.seen]

@@ -83,6 +83,7 @@ class Policy:
 
     name: ClassVar[str] = ""
     gamma: ClassVar[float | None] = None  # decay of the scores; None: no scores are kept
+    lag: ClassVar[int] = 0  # tokens that a query must be later than a key for its mass to count
     window: ClassVar[int] = 0  # how many of the last queries the cache remembers
 
     def check(self, prompt: int) -> None:
@@ -204,13 +205,15 @@ class Lethe(Pruner):
     name: ClassVar[str] = "lethe"
 
     allocation: str = option("hoyer", "divides the budget over layers", choices=ALLOCATIONS)
-    even_share: float = option(0.5, "part of the budget by Hoyer that layers share evenly", 0, 1)
+    even_share: float = option(0.35, "part of the budget by Hoyer that layers share evenly", 0, 1)
+    cap: float = option(1.5, "most that a layer counts by Hoyer, in medians; 0: no limit", low=0)
     knee: str = option(
         "auto", "what makes a breakpoint (auto: none with a budget, else global)", choices=KNEES
     )
     tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
+    lag: int = option(8, "tokens after which attention to a token counts", 0, 4096)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
         "auto", "who chooses (auto: head with a budget, else layer)", choices=GRANULARITIES
@@ -220,8 +223,8 @@ class Lethe(Pruner):
     @classmethod
     def paper(cls, **changes) -> "Lethe":
         """Every parameter as the paper reads; what it leaves open stays at the default."""
-        published = {"protect_prompt": False, "even_share": 0.0, "granularity": "layer"}
-        return cls(**{**published, "knee": "global", "recent_ratio": 0.3, **changes})
+        published = {"even_share": 0.0, "cap": 0.0, "knee": "global", "granularity": "layer"}
+        return cls(**{**published, "lag": 0, "protect_prompt": False, **changes})
 
     @property
     def per_head(self) -> bool:
@@ -248,6 +251,8 @@ class Lethe(Pruner):
         ]
         sparsity = torch.stack(per_layer, dim=1)  # (B, L)
         shares = sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity
+        if self.cap:  # attention that is uniform beside all others averages, and misses little
+            shares = shares.minimum(self.cap * shares.quantile(0.5, dim=1, keepdim=True))
         return torch.lerp(shares, shares.mean(1, keepdim=True), self.even_share).tolist()
 
     def wants(self, cache: KVCache, row: int) -> bool:

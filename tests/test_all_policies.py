@@ -95,6 +95,7 @@ def new_cache(policy, prompt=0, compact=None, layers=3):
     cache = KVCache(
         SimpleNamespace(num_hidden_layers=layers, **sizes),
         scored=policy.gamma is not None,
+        lag=policy.lag,
         window=policy.window,
         compact=compact,
     )

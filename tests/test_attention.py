@@ -49,8 +49,8 @@ def tensors(shape, T, S, seed, spread=1.0):
     return q, torch.randn(B, H_kv, S, D), torch.randn(B, H_kv, S, D)
 
 
-def oracle(q, k, v, mask):
-    """Attention and mass by loops over everything, in float64."""
+def oracle(q, k, v, mask, lag=0):
+    """Attention and mass by loops over everything, in float64. lag: for causal masks."""
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
     out = torch.zeros(B, H, T, D, dtype=torch.float64)
@@ -69,7 +69,8 @@ def oracle(q, k, v, mask):
                 weights = [math.exp(logit - top) for logit in logits]
                 for s, weight in zip(seen, weights, strict=True):
                     out[b, h, t] += weight / sum(weights) * v[b, kv, s]
-                    mass[b, kv, s] += weight / sum(weights)
+                    if s <= seen[-1] - lag:
+                        mass[b, kv, s] += weight / sum(weights)
     return out, mass
 
 
@@ -79,9 +80,9 @@ def causal(lengths, T, S):
     return (torch.arange(S) <= last[:, :, None])[:, None]
 
 
-def masks(draw, B, T):
+def masks(draw, B, T, kinds=("none", "ragged", "shared", "any")):
     """S and a mask of every kind that `attend` is given, or None."""
-    kind = draw(st.sampled_from(["none", "ragged", "shared", "any"]))
+    kind = draw(st.sampled_from(kinds))
     if kind == "none":
         return T + draw(st.integers(0, 19)), None
     if kind == "any":
@@ -110,6 +111,18 @@ def test_attend_equals_loops_in_float64(data, shape, T, seed):
     assert mass.shape == k.shape[:3]
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mass.double(), expected_mass, atol=1e-5, rtol=1e-5)
+
+
+@given(data=st.data(), shape=SHAPES, T=st.integers(1, 11), lag=st.integers(0, 14), seed=SEEDS)
+def test_with_a_lag_only_later_queries_count(data, shape, T, lag, seed):
+    """Mass comes from queries at least `lag` slots behind the key; the output is as without."""
+    S, mask = masks(data.draw, shape[0], T, ("none", "ragged", "shared"))
+    q, k, v = tensors(shape, T, S, seed)
+    _, expected = oracle(q, k, v, mask, lag)
+    with mass_block(3):
+        out, mass = attend(q, k, v, mask, want_mass=True, lag=lag)
+        assert torch.equal(out, attend(q, k, v, mask)[0])
+    torch.testing.assert_close(mass.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @given(data=st.data(), shape=SHAPES, T=st.integers(1, 11), seed=SEEDS)

@@ -6,6 +6,7 @@ exactly and a comparison that comes out differently is a fault, not a rounding.
 
 import dataclasses
 import math
+import statistics
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -223,10 +224,26 @@ def test_an_even_share_is_every_layers_and_the_rest_is_hoyers(name, even, seed):
         torch.tensor(Lethe(budget=9, allocation=name, even_share=part).weights(cache))
         for part in (even, 0.0, 1.0)
     )
-    mean = papers.mean(1, keepdim=True)
+    mean = papers.mean(1, keepdim=True)  # "papers" but for the cap
     assert (ours >= even * mean - 1e-6).all()
     torch.testing.assert_close(alike, mean.expand_as(alike))
     torch.testing.assert_close(ours, even * mean + (1 - even) * papers)
+
+
+@pytest.mark.parametrize("name", ["hoyer", "inverse_hoyer"])
+@FEW
+@given(cap=st.floats(1, 4), layers=st.integers(1, 9), seed=seeds)
+def test_no_layer_counts_more_than_the_cap_of_the_median_one(name, cap, layers, seed):
+    """Per sequence; those below count as they would without a cap."""
+    torch.manual_seed(seed)
+    cache = feed(cache_of(layers=layers, batch=2, scored=True), 30)
+    free, ours = (
+        Lethe(budget=9, allocation=name, even_share=0.0, cap=limit).weights(cache)
+        for limit in (0.0, cap)
+    )
+    for before, after in zip(free, ours, strict=True):
+        most = cap * statistics.median(before)
+        assert after == pytest.approx([min(weight, most) for weight in before], rel=1e-5)
 
 
 # -- choices -------------------------------------------------------------------------------------
@@ -541,7 +558,7 @@ def test_paper_is_every_parameter_as_published():
     assert (paper.tau, paper.recent_ratio, paper.knee) == (400, 0.3, "global")
     assert (paper.granularity, paper.allocation) == ("layer", "hoyer")
     assert not paper.protect_prompt
-    assert paper.even_share == 0
+    assert (paper.even_share, paper.cap, paper.lag) == (0, 0, 0)
     assert not paper.value_norm
     assert paper.budget == 64
     assert Lethe.paper(protect_prompt=True).protect_prompt
