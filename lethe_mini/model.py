@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.decode_layers = list(self.layers)  # what runs them on one token; see `compile`
+        self.decode_layers, self.decode_head = list(self.layers), self.head  # for one token
 
     def init_rope(self, device: torch.device | str) -> None:
         """Puts the frequencies, which no checkpoint holds, on the device of the weights."""
@@ -103,6 +103,11 @@ class Transformer(nn.Module):
     def compile(self) -> None:
         """Opt-in: decoding through torch.compile, a layer at a time, for any size of the cache."""
         self.decode_layers = [torch.compile(block, dynamic=True) for block in self.layers]
+        self.decode_head = torch.compile(self.head, dynamic=True)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> logits (B, T, vocab) float32."""
+        return self.lm_head(self.norm(x)).float()
 
     def forward(
         self, tokens: Tensor, positions=None, cache: KVCache | None = None, last_only=False
@@ -118,7 +123,10 @@ class Transformer(nn.Module):
             positions = seen[:, None] + torch.arange(T, device=tokens.device)
         x = self.embed_tokens(tokens)
         cos, sin = rope_cos_sin(positions[:, None], self.inv_freq)
-        for index, block in enumerate(self.decode_layers if T == 1 and cache else self.layers):
+        layers, head = self.layers, self.head
+        if T == 1 and cache is not None:
+            layers, head = self.decode_layers, self.decode_head
+        for index, block in enumerate(layers):
             if cache is None:
                 x, _ = block(x, cos, sin, positions)
                 continue
@@ -130,6 +138,4 @@ class Transformer(nn.Module):
             layer.remember(q)
         if cache is not None:
             cache.seen = [seen + T for seen in cache.seen]
-        if last_only:
-            x = x[:, -1:]
-        return self.lm_head(self.norm(x)).float()
+        return head(x[:, -1:] if last_only else x)

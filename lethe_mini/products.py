@@ -18,6 +18,10 @@ FEW = 32  # rows up to which a CPU is quicker with the weight as the left factor
 PIECE = 1 << 20  # numbers of a weight converted at once: 4 MB in float32
 RUN = 32  # slots; half of what storage grows by
 WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 without such instructions
+# An x86 that has them, but none for whole tiles of a product (AMX).
+VECTORS = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+)
 _kept = threading.local()
 
 
@@ -26,12 +30,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b: (..., in) -> (..., out)."""
-        rows = x.flatten(0, -2)
-        if len(rows) == 1 and x.device.type == "cpu":
+        rows, on_cpu = x.flatten(0, -2), x.device.type == "cpu"
+        left = not VECTORS or x.dtype == torch.float32
+        if len(rows) == 1 and on_cpu and (left or torch.compiler.is_compiling()):
             y = _matrix_vector(self.weight, rows[0])[None]
         elif widens(self.weight):
             y = _wide_product(rows, self.weight)
-        elif len(rows) <= FEW and x.device.type == "cpu":
+        elif len(rows) <= FEW and on_cpu and left:
             y = (self.weight @ rows.t()).t().contiguous()
         else:
             return F.linear(x, self.weight, self.bias)
@@ -46,8 +51,10 @@ def widens(x: Tensor) -> bool:
 
 def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
     """q k^T: (B, H_kv, G, D), (B, H_kv, S, D) -> (B, H_kv, G, S) float32, for a small G."""
-    if _fusing(k):
-        return _logit_loops(q, k) if len(k) > 1 else _loops(q, k.mT).float()
+    if _fusing(k) and (VECTORS or (len(k) > 1 and widens(k))):
+        return _logit_loops(q, k)
+    if _fusing(k) and len(k) == 1:
+        return _loops(q, k.mT).float()
     if widens(k):
         return torch.stack([x.float() @ wide(y).mT for x, y in zip(q, k, strict=True)])
     return torch.matmul(q, k.mT).float()
@@ -55,8 +62,10 @@ def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
 
 def grouped_values(weights: Tensor, v: Tensor) -> Tensor:
     """weights v: (B, H_kv, G, S), (B, H_kv, S, D) -> (B, H_kv, G, D) in v's dtype."""
-    if _fusing(v):
-        return (_value_loops if len(v) > 1 else _loops)(weights.to(v.dtype), v).to(v.dtype)
+    if _fusing(v) and (VECTORS or (len(v) > 1 and widens(v))):
+        return _value_loops(weights.to(v.dtype), v).to(v.dtype)
+    if _fusing(v) and len(v) == 1:
+        return _loops(weights.to(v.dtype), v)
     if widens(v):
         return torch.stack([x @ wide(y) for x, y in zip(weights, v, strict=True)]).to(v.dtype)
     return torch.matmul(weights.to(v.dtype), v)
@@ -87,10 +96,9 @@ def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fusing(x: Tensor) -> bool:
-    """Compiled on a CPU, loops beat products for one sequence, and for any number that it would
-    have to convert; else products beat loops."""
-    compiling = torch.compiler.is_compiling() and x.device.type == "cpu"
-    return compiling and (len(x) == 1 or widens(x))
+    """Compiled on a CPU loops may beat products; which do was measured on three kinds: with tiles,
+    with vectors, and where numbers are converted."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:

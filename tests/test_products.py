@@ -9,6 +9,7 @@ from lethe_mini import products
 from lethe_mini.products import FEW, Linear, grouped_logits, grouped_values
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+KINDS = st.sampled_from(["tiles", "vectors", "widens"])  # of CPU
 SEEDS = st.integers(0, 2**32)
 
 
@@ -26,16 +27,17 @@ def near(mine, a, b, dtype, more=0.0):
     sizes=st.tuples(st.integers(1, 29), st.integers(1, 31)),
     bias=st.booleans(),
     dtype=DTYPES,
-    widens=st.booleans(),
+    kind=KINDS,
     seed=SEEDS,
 )
-def test_linear_is_a_product(lead, sizes, bias, dtype, widens, seed):
+def test_linear_is_a_product(lead, sizes, bias, dtype, kind, seed):
     """On a CPU that knows 16-bit numbers, and on one that has to widen them, in pieces."""
     torch.manual_seed(seed)
     layer = Linear(*sizes, bias=bias).to(dtype).requires_grad_(False)
     x = torch.randn(*lead, sizes[0]).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "WIDENS", widens)
+        patch.setattr(products, "WIDENS", kind == "widens")
+        patch.setattr(products, "VECTORS", kind == "vectors")
         patch.setattr(products, "PIECE", 3 * sizes[0])
         y = layer(x)
     assert y.shape == (*lead, sizes[1])
@@ -46,11 +48,11 @@ def test_linear_is_a_product(lead, sizes, bias, dtype, widens, seed):
 @given(
     shape=st.tuples(*[st.integers(1, n) for n in (3, 2, 4, 19, 9)]),
     loops=st.booleans(),
-    widens=st.booleans(),
+    kind=KINDS,
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=SEEDS,
 )
-def test_grouped_products_are_products(shape, loops, widens, dtype, seed):
+def test_grouped_products_are_products(shape, loops, kind, dtype, seed):
     """As matrix products and as the loops that a compiler is given."""
     torch.manual_seed(seed)
     B, H_kv, G, S, D = shape
@@ -58,7 +60,8 @@ def test_grouped_products_are_products(shape, loops, widens, dtype, seed):
     weights = torch.rand(B, H_kv, G, S).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_fusing", lambda x: loops)
-        patch.setattr(products, "WIDENS", widens)
+        patch.setattr(products, "WIDENS", kind == "widens")
+        patch.setattr(products, "VECTORS", kind == "vectors")
         logits, values = grouped_logits(q, k), grouped_values(weights.float(), k)
     assert logits.dtype == torch.float32
     assert values.dtype == dtype
