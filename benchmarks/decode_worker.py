@@ -261,6 +261,7 @@ class Ours(System):
 
         sys.path.insert(0, str(ROOT))
         from lethe_mini import Engine
+        from lethe_mini.stats import token_bytes
 
         settings = self.settings
         torch.set_num_threads(settings["threads"])
@@ -283,7 +284,7 @@ class Ours(System):
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "device": str(self.engine.device),
             "layers": self.engine.model.config.num_hidden_layers,
-            "token_bytes": self.engine.new_cache(self.policy).token_bytes,
+            "token_bytes": token_bytes(self.engine.new_cache(self.policy)),
         }
 
     def _random_model(self, dtype):
@@ -422,10 +423,12 @@ class Ours(System):
         return {}
 
     def held(self) -> dict:
+        from lethe_mini.stats import allocated, token_bytes
+
         cache = self.cache
         return {
-            "kv_bytes": cache.held * cache.token_bytes,
-            "kv_allocated": cache.allocated,
+            "kv_bytes": cache.held * token_bytes(cache),
+            "kv_allocated": allocated(cache),
             "tokens": cache.held / len(cache.layers) / len(cache.seen),
             "seen": cache.seen[0],
             "round_seconds": getattr(self, "round_seconds", []),

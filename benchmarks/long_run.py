@@ -27,6 +27,7 @@ from lethe_mini import Engine, Lethe
 from lethe_mini.cache import blocks
 from lethe_mini.config import ModelConfig
 from lethe_mini.model import Transformer
+from lethe_mini.stats import allocated, token_bytes
 
 SIZES = {
     "architectures": ["LlamaForCausalLM"],
@@ -93,8 +94,12 @@ class Watch:
             check(cache, self.policy)
             self.checks += 1
         if seen in self.points:
-            facts = {"tokens": seen, "held": cache.held, "kv_bytes": cache.held * cache.token_bytes}
-            facts |= {"allocated": cache.allocated, "resident": resident()}
+            facts = {"tokens": seen, "held": cache.held}
+            facts |= {
+                "kv_bytes": cache.held * token_bytes(cache),
+                "allocated": allocated(cache),
+                "resident": resident(),
+            }
             self.memory.append(facts)
 
 

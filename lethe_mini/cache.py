@@ -176,18 +176,6 @@ class KVCache:
         if gamma != 1:
             torch._foreach_mul_([layer.store["scores"] for layer in self.layers], gamma)
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one layer."""
-        keys = self.layers[0].store["keys"]
-        return 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
-        tensors = [t for layer in self.layers for t in (*layer.store.values(), layer.queries)]
-        return sum(t.untyped_storage().nbytes() for t in tensors)
-
     def select(self, rows: list[int]) -> None:
         """Keeps these sequences, in this order (LayerCache.select)."""
         for layer in self.layers:

@@ -52,6 +52,18 @@ class Stats:
     evicted_tokens: int = 0  # over layers and sequences
 
 
+def token_bytes(cache: KVCache) -> int:
+    """Bytes of one token's key and value in one layer."""
+    keys = cache.layers[0].store["keys"]
+    return 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+
+
+def allocated(cache: KVCache) -> int:
+    """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
+    tensors = [t for layer in cache.layers for t in (*layer.store.values(), layer.queries)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
 def memory_peak(device: torch.device) -> int:
     """Bytes: the most that the process has had so far."""
     if device.type == "cuda":
@@ -111,10 +123,9 @@ class Meter:
     def peak(self, *caches: KVCache) -> None:
         """Looks at the memory. It only grows between rounds and departures, so before is enough."""
         stats = self.stats
-        held = sum(cache.held * cache.token_bytes for cache in caches)
+        held = sum(cache.held * token_bytes(cache) for cache in caches)
         stats.kv_bytes_peak = max(stats.kv_bytes_peak, held)
-        allocated = sum(cache.allocated for cache in caches)
-        stats.kv_allocated_peak = max(stats.kv_allocated_peak, allocated)
+        stats.kv_allocated_peak = max(stats.kv_allocated_peak, sum(map(allocated, caches)))
 
     @contextmanager
     def round(self, cache: KVCache, due: list[bool], owners: Sequence[int]):
@@ -135,8 +146,8 @@ class Meter:
                 continue
             final = [layer.lengths[row] for layer in cache.layers]
             self.stats.kv_tokens_final[sequence] = final
-            self.stats.kv_bytes_final += sum(final) * cache.token_bytes
-            self.stats.kv_bytes_full += cache.seen[row] * len(final) * cache.token_bytes
+            self.stats.kv_bytes_final += sum(final) * token_bytes(cache)
+            self.stats.kv_bytes_full += cache.seen[row] * len(final) * token_bytes(cache)
             if self.trace is not None:
                 self.trace.ends(sequence, cache.seen[row], roster.sequences[sequence])
 

@@ -30,6 +30,7 @@ from lethe_mini.cli import main
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
 from lethe_mini.policy import FullKV, Lethe, Pruner
+from lethe_mini.stats import allocated
 
 LENGTHS = [1, 300, 2, 97, 151, 23, 64, 211]  # of the prompts in a batch of 8
 VOCAB = tiny.SIZES["vocab_size"]
@@ -224,16 +225,16 @@ def test_the_memory_of_what_ended_is_released(engine):
         capacity = {layer.capacity for layer in layers}
         assert len(batch) == len(capacity) == 1
         slots = {layer.length for layer in layers}
-        seen.append((*batch, *capacity, *slots, cache.allocated))
+        seen.append((*batch, *capacity, *slots, allocated(cache)))
         old.append(weakref.ref(layers[0].store["keys"]))
 
     engine.generate(prompts, FullKV(), limits, on_step=on_step)
     rows = [row for row, *_ in seen]
     assert rows == [3] * 4 + [2] * 15 + [1] * 10
-    for batch, capacity, slots, allocated in seen:
+    for batch, capacity, slots, taken in seen:
         assert capacity == blocks(slots)
         # keys and values of 2 heads of 10 float32 and an int32 position per head, in 3 layers
-        assert allocated == 3 * batch * capacity * 2 * (2 * 10 * 4 + 4)
+        assert taken == 3 * batch * capacity * 2 * (2 * 10 * 4 + 4)
     assert [seen[i][1] // BLOCK for i in (3, 4, 19)] == [5, 1, 1]
     assert old[3]() is None
     assert old[18]() is None

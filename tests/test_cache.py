@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lethe_mini.baselines import H2O, RKV, TOVA, PyramidKV, RandomKV, SnapKV, StreamingLLM
 from lethe_mini.cache import BLOCK, KVCache
 from lethe_mini.policy import FullKV, Lethe
+from lethe_mini.stats import allocated, token_bytes
 
 L, KV_HEADS, HEADS, D, WINDOW, MOST = 2, 3, 6, 4, 5, 4
 PROMPTS = st.integers(1, 9) | st.integers(30, 70)
@@ -307,8 +308,8 @@ class CacheMachine(RuleBasedStateMachine):
     def storage_is_in_blocks_and_owned_and_clean(self):
         """Capacity is just enough, nothing lies beyond a length, and bytes add up."""
         B, token = len(self.rows), KV_HEADS * D * 4 * 2
-        allocated = 0
-        assert self.cache.token_bytes == token
+        most = 0
+        assert token_bytes(self.cache) == token
         for index, layer in enumerate(self.cache.layers):
             lengths = [row.length(index) for row in self.rows]
             assert layer.lengths == lengths
@@ -322,10 +323,10 @@ class CacheMachine(RuleBasedStateMachine):
                 assert tensor.is_contiguous()
                 for row, n in enumerate(lengths):
                     assert not tensor[row, :, n:].any(), name
-            allocated += B * layer.capacity * (token + KV_HEADS * (4 + 4))
-            allocated += B * HEADS * D * 4 * WINDOW
+            most += B * layer.capacity * (token + KV_HEADS * (4 + 4))
+            most += B * HEADS * D * 4 * WINDOW
             assert layer.queries.shape[2] == WINDOW
-        assert self.cache.allocated == allocated
+        assert allocated(self.cache) == most
         assert self.cache.held == sum(sum(layer.lengths) for layer in self.cache.layers)
 
 
@@ -344,8 +345,8 @@ def test_a_round_gives_memory_back(before, after, dtype):
         layer.keep(torch.arange(before).expand(1, KV_HEADS, -1), [after])
         assert layer.capacity == blocks(after)
     per_slot = KV_HEADS * (2 * D * dtype.itemsize + 4)
-    assert cache.allocated == L * blocks(after) * per_slot
-    assert cache.held * cache.token_bytes == L * after * KV_HEADS * 2 * D * dtype.itemsize
+    assert allocated(cache) == L * blocks(after) * per_slot
+    assert cache.held * token_bytes(cache) == L * after * KV_HEADS * 2 * D * dtype.itemsize
 
 
 @pytest.mark.parametrize("rows", [[], [0], [1, 0, 1]])

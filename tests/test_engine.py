@@ -26,6 +26,7 @@ from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
 from lethe_mini.policy import FullKV, Lethe, Pruner
 from lethe_mini.sampling import sample
+from lethe_mini.stats import token_bytes
 
 VOCAB, LAYERS, HEADS, KV_HEADS = 67, 3, 6, 2
 LONG = 4093  # more positions than any test has tokens
@@ -292,7 +293,7 @@ def check_memory(engine, prompt, policy, new):
         held.append(cache.held)
         stores = [layer.store[name] for layer in cache.layers for name in ("keys", "values")]
         taken.append(sum(tensor.untyped_storage().nbytes() for tensor in stores))
-        see.token_bytes = cache.token_bytes
+        see.token_bytes = token_bytes(cache)
 
     with after_each_step(see):
         stats = engine.generate([prompt], policy, max_new_tokens=new, ignore_eos=True).stats

@@ -18,6 +18,7 @@ from lethe_mini.baselines import POLICIES
 from lethe_mini.cache import BLOCK, blocks
 from lethe_mini.engine import Engine
 from lethe_mini.policy import FullKV, Lethe
+from lethe_mini.stats import allocated
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 4, 128
 WIDE = {
@@ -148,7 +149,7 @@ def test_the_allocators_figure_falls_with_a_round(monkeypatch, engine, name):
     def watched(self, cache, due):
         before = storages(cache)
         plain(self, cache, due)
-        assert storages(cache) == cache.allocated
+        assert storages(cache) == allocated(cache)
         for layer in cache.layers:
             assert layer.capacity == blocks(layer.length)
         around.append((before, storages(cache)))
@@ -172,7 +173,7 @@ def test_capacity_follows_what_is_held_in_blocks(engine):
         for layer in cache.layers:
             assert layer.capacity - BLOCK < layer.length <= layer.capacity
             assert layer.capacity % BLOCK == 0
-        assert storages(cache) == cache.allocated
+        assert storages(cache) == allocated(cache)
 
     for policy in (FullKV(), Lethe(budget=80, interval=50)):
         result = engine.generate([[1, 2], [3]], policy, [150, 280], on_step=on_step)
