@@ -106,9 +106,9 @@ class Engine:
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
-        notes = (policy.gamma is not None, policy.lag, policy.window)
         compact = self.model.inv_freq if positions == "compact" else None
-        return KVCache(self.model.config, 1, self.dtype, self.device, *notes, compact)
+        config, notes = self.model.config, policy.notes()
+        return KVCache(config, 1, self.dtype, self.device, **notes, compact=compact)
 
 
 @dataclass

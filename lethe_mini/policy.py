@@ -86,6 +86,10 @@ class Policy:
     lag: ClassVar[int] = 0  # tokens that a query must be later than a key for its mass to count
     window: ClassVar[int] = 0  # how many of the last queries the cache remembers
 
+    def notes(self) -> dict:
+        """What a cache has to note for this policy; see LayerCache."""
+        return {"scored": self.gamma is not None, "lag": self.lag, "window": self.window}
+
     def check(self, prompt: int) -> None:
         """Raises UserError if so long a prompt cannot be served."""
 
@@ -213,7 +217,7 @@ class Lethe(Pruner):
     tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
-    lag: int = option(8, "tokens after which attention to a token counts", 0, 4096)
+    lag: int = option(8, "with a budget: tokens after which attention counts", 0, 4096)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
         "auto", "who chooses (auto: head with a budget, else layer)", choices=GRANULARITIES
@@ -225,6 +229,10 @@ class Lethe(Pruner):
         """Every parameter as the paper reads; what it leaves open stays at the default."""
         published = {"even_share": 0.0, "cap": 0.0, "knee": "global", "granularity": "layer"}
         return cls(**{**published, "lag": 0, "protect_prompt": False, **changes})
+
+    def notes(self) -> dict:
+        # A breakpoint is a ratio: to what no query could count for yet, it would be infinite.
+        return super().notes() | ({} if self.budget else {"lag": 0})
 
     @property
     def per_head(self) -> bool:

@@ -3,9 +3,9 @@ plain product, and a reader of the algorithm may take it for that.
 
 A decoding step reads every weight and every cached key once and computes little with each, so it
 should take no longer than the reading. On a CPU, PyTorch's products reach about half of that for
-few rows; what comes closer is the large factor on the left, and, compiled, loops that fuse. A CPU
-that has no instructions for 16-bit numbers multiplies them many times slower than float32; there
-products convert them, a piece that stays in the CPU's cache at a time.
+few rows. What comes closer depends on its kind: the large factor on the left, or, compiled, loops
+that fuse. A CPU that has no instructions for 16-bit numbers multiplies them many times slower than
+float32; there products convert them, a piece that stays in the CPU's cache at a time.
 """
 
 import threading

@@ -94,9 +94,7 @@ def new_cache(policy, prompt=0, compact=None, layers=3):
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
     cache = KVCache(
         SimpleNamespace(num_hidden_layers=layers, **sizes),
-        scored=policy.gamma is not None,
-        lag=policy.lag,
-        window=policy.window,
+        **policy.notes(),
         compact=compact,
     )
     cache.prompt = [prompt]

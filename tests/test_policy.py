@@ -562,3 +562,10 @@ def test_paper_is_every_parameter_as_published():
     assert not paper.value_norm
     assert paper.budget == 64
     assert Lethe.paper(protect_prompt=True).protect_prompt
+
+
+def test_a_lag_goes_with_a_budget():
+    """Without one a breakpoint decides, and what no query could count for would always be one."""
+    assert Lethe(budget=64).notes()["lag"] == Lethe(budget=64).lag > 0
+    assert Lethe().notes()["lag"] == Lethe(lag=5).notes()["lag"] == 0
+    assert Lethe.paper(budget=64).notes()["lag"] == H2O(budget=64).notes()["lag"] == 0
