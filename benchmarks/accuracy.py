@@ -47,7 +47,7 @@ from lethe_mini.errors import UserError
 from lethe_mini.policy import FullKV, Lethe
 from lethe_mini.prompts import POSITIONS
 from lethe_mini.sampling import check_sampling
-from lethe_mini.stats import token_bytes
+from lethe_mini.stats import kv_bytes
 
 # A loop repeats at most so many tokens, at least so often, and is at least so long.
 PERIOD, REPEATS, LOOP = 256, 4, 32
@@ -179,7 +179,7 @@ class Bench:
 
         def on_step(cache) -> None:
             held.on_step(cache)
-            rate, kv = tokens / (time.perf_counter() - start), cache.held * token_bytes(cache) / 1e6
+            rate, kv = tokens / (time.perf_counter() - start), kv_bytes(cache) / 1e6
             bar.set_postfix_str(f"{rate:.0f} tokens/s, KV {kv:.1f} MB", refresh=False)
             bar.update(0)
 

@@ -423,11 +423,11 @@ class Ours(System):
         return {}
 
     def held(self) -> dict:
-        from lethe_mini.stats import allocated, token_bytes
+        from lethe_mini.stats import allocated, kv_bytes
 
         cache = self.cache
         return {
-            "kv_bytes": cache.held * token_bytes(cache),
+            "kv_bytes": kv_bytes(cache),
             "kv_allocated": allocated(cache),
             "tokens": cache.held / len(cache.layers) / len(cache.seen),
             "seen": cache.seen[0],

@@ -27,7 +27,7 @@ from lethe_mini import Engine, Lethe
 from lethe_mini.cache import blocks
 from lethe_mini.config import ModelConfig
 from lethe_mini.model import Transformer
-from lethe_mini.stats import allocated, token_bytes
+from lethe_mini.stats import allocated, kv_bytes
 
 SIZES = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,12 +94,8 @@ class Watch:
             check(cache, self.policy)
             self.checks += 1
         if seen in self.points:
-            facts = {"tokens": seen, "held": cache.held}
-            facts |= {
-                "kv_bytes": cache.held * token_bytes(cache),
-                "allocated": allocated(cache),
-                "resident": resident(),
-            }
+            facts = {"tokens": seen, "held": cache.held, "kv_bytes": kv_bytes(cache)}
+            facts |= {"allocated": allocated(cache), "resident": resident()}
             self.memory.append(facts)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .engine import Engine
 from .errors import UserError
 from .policy import Policy
-from .stats import Result, token_bytes
+from .stats import Result, kv_bytes
 
 HEAD = b'{"id": '  # how every line begins
 
@@ -157,7 +157,7 @@ def run_batch(
 
     def on_step(cache) -> None:
         rate = tokens / max(1e-9, bar.format_dict["elapsed"] or 0)
-        kv = cache.held * token_bytes(cache) / 1e6
+        kv = kv_bytes(cache) / 1e6
         bar.set_postfix_str(f"{rate:.1f} tokens/s, KV {kv:.1f} MB", refresh=False)
         bar.update(0)
 

@@ -10,7 +10,7 @@ from .cache import KVCache
 from .engine import Engine
 from .errors import UserError
 from .policy import Policy
-from .stats import Result, token_bytes
+from .stats import Result, kv_bytes
 
 HELP = "/reset forgets everything, /stats shows the cache, /exit ends; Ctrl-C stops a reply"
 MARK = "\u241freply\u241f"  # stands for the last reply where the template is asked what follows it
@@ -61,7 +61,7 @@ class Conversation:
         """What the cache holds of what it has seen, in one line."""
         cache, layers = self.cache, len(self.cache.layers)
         seen, held = cache.seen[0], cache.held / layers
-        forgotten, size = 1 - held / max(1, seen), cache.held * token_bytes(cache) / 1e6
+        forgotten, size = 1 - held / max(1, seen), kv_bytes(cache) / 1e6
         return (
             f"{self.turns} turns, {seen} tokens seen, {held:.0f} held per layer on average "
             f"({forgotten:.0%} forgotten), {size:.2f} MB of keys and values"

@@ -58,6 +58,11 @@ def token_bytes(cache: KVCache) -> int:
     return 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
 
 
+def kv_bytes(cache: KVCache) -> int:
+    """Bytes of the keys and values held."""
+    return cache.held * token_bytes(cache)
+
+
 def allocated(cache: KVCache) -> int:
     """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
     tensors = [t for layer in cache.layers for t in (*layer.store.values(), layer.queries)]
@@ -123,8 +128,7 @@ class Meter:
     def peak(self, *caches: KVCache) -> None:
         """Looks at the memory. It only grows between rounds and departures, so before is enough."""
         stats = self.stats
-        held = sum(cache.held * token_bytes(cache) for cache in caches)
-        stats.kv_bytes_peak = max(stats.kv_bytes_peak, held)
+        stats.kv_bytes_peak = max(stats.kv_bytes_peak, sum(map(kv_bytes, caches)))
         stats.kv_allocated_peak = max(stats.kv_allocated_peak, sum(map(allocated, caches)))
 
     @contextmanager

@@ -114,7 +114,11 @@ def test_reading_in_chunks_is_the_engine(monkeypatch, policy, prompt, interval, 
 
 @FEW
 @given(
-    st.integers(1, 150), st.integers(0, 40), st.integers(0, 9), st.booleans(), st.integers(0, 99)
+    st.integers(1, 150),
+    st.integers(0, 40),
+    st.integers(0, 9),
+    st.booleans(),
+    st.integers(0, 2**32),
 )
 def test_weighted_mass_is_the_sum_of_weighted_queries(T, before, lag, masked, seed):
     """Query by query, whichever way the mask is given and however queries fall into blocks."""
