@@ -12,7 +12,8 @@ what is held over all tokens is measured, and an arm's budget is raised or lower
 much as the base may. Figures are paired with the base's, problem by problem.
 
 `halves`: `no-allocation` divides the budget evenly; `no-rasr` keeps of each layer's share the
-newest tokens; `neither` does both, and is StreamingLLM; `no-decay` has scores that never fade.
+newest tokens beside the distinct ones; `no-distinct` reserves nothing for these; `distinct-alone`
+has neither budgets nor scores; `none` is StreamingLLM; `no-decay` has scores that never fade.
 """
 
 import argparse
@@ -52,7 +53,9 @@ ALONE = {"knee": "none"}  # a breakpoint would be one in the order of the text
 HALVES = {
     "no-allocation": (Lethe, {"allocation": "uniform"}),
     "no-rasr": (NoRASR, ALONE),
-    "neither": (NoRASR, ALONE | {"allocation": "uniform"}),
+    "no-distinct": (Lethe, {"distinct_ratio": 0.0}),
+    "distinct-alone": (NoRASR, ALONE | {"allocation": "uniform"}),
+    "none": (NoRASR, ALONE | {"allocation": "uniform", "distinct_ratio": 0.0}),
     "no-decay": (Lethe, {"gamma": 1.0}),
 }
 PUBLISHED = {"granularity": "layer", "knee": "global"}  # where a breakpoint belongs
@@ -75,6 +78,8 @@ FACTORS: dict[str, list[dict]] = {
     "even_share": [{"even_share": part} for part in (0.0, 0.25, 0.35, 0.5, 0.75)],
     "cap": [{"cap": medians} for medians in (0.0, 1.5, 2.0)],
     "lag": [{"lag": tokens} for tokens in (0, 2, 4, 6, 8, 16)],
+    "distinct_ratio": [{"distinct_ratio": part} for part in (0.0, 0.25, 0.5, 0.7, 0.8, 0.9)],
+    "alike": [{"alike": cosine} for cosine in (0.7, 0.8, 0.85, 0.9, 0.95)],
     "granularity": [{"granularity": name} for name in ("layer", "head")],
     "value_norm": [{"value_norm": value} for value in (False, True)],
     "protect_prompt": [{"protect_prompt": value} for value in (False, True)],

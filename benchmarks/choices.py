@@ -27,6 +27,7 @@ PLAIN = {
     "even_share": 0.0,
     "cap": 0.0,
     "lag": 0,
+    "distinct_ratio": 0.0,
 }
 CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
     "full": (FullKV, {}),
@@ -45,15 +46,12 @@ CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
     "slow-head": (Lethe, PLAIN | {"gamma": 0.995, "granularity": "head"}),
     "combined": (
         Lethe,
-        {
-            "knee": "none",
+        PLAIN
+        | {
             "allocation": "inverse_hoyer",
             "gamma": 0.995,
             "granularity": "head",
             "value_norm": True,
-            "even_share": 0.0,
-            "cap": 0.0,
-            "lag": 0,
         },
     ),
 }

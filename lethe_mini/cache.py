@@ -13,7 +13,7 @@ Policies (policy.py) decide what stays; nothing here knows why.
 import torch
 from torch import Tensor
 
-from .rope import rope_cos_sin, rotate
+from .rope import inverse_frequencies, rope_cos_sin, rotate
 
 BLOCK = 64  # slots; capacity is always a multiple, so shapes repeat
 
@@ -40,11 +40,12 @@ class LayerCache:
     scored:   keep a score per slot (float32, whatever the model's dtype), of the mass from queries
               at least `lag` slots later.
     window:   also keep the last `window` queries, for policies that look through them at a round.
-    inv_freq: given in compact mode, where a key's RoPE angle is that of its slot.
+    compact:  a key's RoPE angle is that of its slot, not of its position.
     """
 
-    def __init__(self, index, config, batch, dtype, device, scored, lag, window, inv_freq):
-        self.index, self.lag, self.window, self.inv_freq = index, lag, window, inv_freq
+    def __init__(self, index, config, batch, dtype, device, scored, lag, window, inv_freq, compact):
+        self.index, self.lag, self.window = index, lag, window
+        self.inv_freq, self.compact = inv_freq, compact
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         empty = torch.zeros(batch, kv_heads, 0, device=device)
         wide = torch.zeros(batch, kv_heads, 0, config.head_dim, device=device, dtype=dtype)
@@ -57,7 +58,6 @@ class LayerCache:
         self._hold([0] * batch)
 
     scored = property(lambda self: "scores" in self.store)
-    compact = property(lambda self: self.inv_freq is not None)
     keys = property(lambda self: self.store["keys"][:, :, : self.length])
     values = property(lambda self: self.store["values"][:, :, : self.length])
     positions = property(lambda self: self.store["positions"][:, :, : self.length])
@@ -73,6 +73,13 @@ class LayerCache:
         """(B, 1, S) bool: which slots hold a token."""
         slots = torch.arange(self.length, device=self.filled.device)
         return (slots < self.filled[:, None])[:, None]
+
+    def content(self, row: int) -> Tensor:
+        """(H_kv, n, D) float32: a sequence's keys as they were before RoPE."""
+        n = self.lengths[row]
+        slots = torch.arange(n, device=self.filled.device)
+        angles = slots if self.compact else self.positions[row, :, :n]
+        return rotate(self.keys[row, :, :n].float(), *rope_cos_sin(-angles, self.inv_freq))
 
     def reserve(self, T: int) -> tuple[Store, Tensor]:
         """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)
@@ -146,20 +153,28 @@ class LayerCache:
 class KVCache:
     """The layers' caches, and what is counted once per sequence.
 
-    config: the model's sizes; scored, lag, window: see LayerCache; compact: the model's RoPE
-    frequencies, if keys are to turn to their slots at every round.
+    config: the model's; scored, lag, window: see LayerCache; compact: keys turn to their slots at
+    every round.
     """
 
     def __init__(
-        self, config, batch=1, dtype=None, device="cpu", scored=False, lag=0, window=0, compact=None
+        self,
+        config,
+        batch=1,
+        dtype=None,
+        device="cpu",
+        scored=False,
+        lag=0,
+        window=0,
+        compact=False,
     ):
         self.device = torch.device(device)
-        if compact is not None:  # turned again and again, so in float64 where the device has it
-            compact = compact.to(torch.float32 if self.device.type == "mps" else torch.float64)
-        self.layers = [
-            LayerCache(index, config, batch, dtype, self.device, scored, lag, window, compact)
-            for index in range(config.num_hidden_layers)
-        ]
+        # Keys turn again and again, so in float64 where the device has it.
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        inv_freq = inverse_frequencies(config).to(self.device, wide)
+        notes = batch, dtype, self.device, scored, lag, window, inv_freq, compact
+        layers = range(config.num_hidden_layers)
+        self.layers = [LayerCache(index, config, *notes) for index in layers]
         self.seen = [0] * batch  # tokens seen: the next position
         self.prompt = [0] * batch  # of these, tokens of the prompt
 

@@ -106,9 +106,9 @@ class Engine:
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
-        compact = self.model.inv_freq if positions == "compact" else None
         config, notes = self.model.config, policy.notes()
-        return KVCache(config, 1, self.dtype, self.device, **notes, compact=compact)
+        notes["compact"] = positions == "compact"
+        return KVCache(config, 1, self.dtype, self.device, **notes)
 
 
 @dataclass

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .budget import pyramid, split_budget
-from .cache import KVCache, LayerCache
+from .cache import BLOCK, KVCache, LayerCache
 from .options import check_options, check_room, option
 
 
@@ -59,17 +60,29 @@ def rank(importance: Tensor) -> Tensor:
     return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def choose(
-    importance: Tensor, positions: Tensor, protected: int, recent: int, salient: int, share: int
-) -> Tensor:
+def repeats(keys: Tensor, near: int) -> Tensor:
+    """How well a newer token may stand for each: the highest cosine of its key with a newer one's,
+    among the last `near`, about the mean of all keys; -1 where there is none.
+
+    keys: (H_kv, S, D) before RoPE, S at least 1. -> (H_kv, S) float32.
+    """
+    S, near = keys.shape[1], min(near, keys.shape[1])
+    unit = F.normalize(keys - keys.mean(1, keepdim=True), dim=-1)
+    most = torch.full(keys.shape[:2], -1.0, device=keys.device)
+    for first in range(S - near, S, BLOCK):  # in blocks, so that memory is linear in S
+        cosine = unit @ unit[:, first : first + BLOCK].mT
+        newer = torch.ones_like(cosine[0], dtype=torch.bool).triu(1 - first)
+        most = most.maximum(cosine.masked_fill(~newer, -1).amax(-1))
+    return most
+
+
+def choose(importance: Tensor, always: Tensor, salient: int, share: int) -> Tensor:
     """The slots that a sequence keeps in a layer: (H_kv, n) int64, ascending, n for every head.
 
-    importance, positions: (H_kv, S). Positions below `protected` and the last `recent` slots stay
-    whatever their rank; beyond these, of the `salient` first by rank as many as `share` has room
-    for. n is that of the head which keeps most.
+    importance, always: (H_kv, S). Those of `always` stay whatever their rank; beyond these, of the
+    `salient` first by rank as many as `share` has room for. n is that of the head which keeps most.
     """
     order, slots = rank(importance), torch.arange(importance.shape[1], device=importance.device)
-    always = (positions < protected) | (slots >= len(slots) - recent)
     fixed, least = always.gather(-1, order), always.sum(-1, keepdim=True)
     wanted = (fixed | (slots < salient)).sum(-1).max()
     n = wanted.clamp(max=share).maximum(least.max())
@@ -146,6 +159,14 @@ class Pruner(Policy):
         """How many of `room` tokens go to the newest; at least `min_recent`."""
         return min(room, max(self.min_recent, int(self.recent_ratio * room)))
 
+    def always(self, layer: LayerCache, row: int, protected: int, room: int) -> Tensor:
+        """(H_kv, n) bool: which of a sequence's n slots stay whatever their importance. Default:
+        positions below `protected`, and the most recent of the `room` left beside these."""
+        n = layer.lengths[row]
+        slots = torch.arange(n, device=layer.filled.device)
+        positions = layer.positions[row, :, :n]
+        return (positions < protected) | (slots >= n - self.recent(room))
+
     def protected(self, prompt: int) -> int:
         """First positions that always stay, of a sequence with so long a prompt."""
         return max(self.sinks, prompt) if self.protect_prompt else self.sinks
@@ -174,10 +195,9 @@ class Pruner(Policy):
             for row in (row for row, ready in enumerate(due) if ready):
                 scores, n = importance[row, :, : counts[row]], counts[row]
                 protected = self.protected(cache.prompt[row])
-                recent = self.recent(share[row] - (min(protected, n) if self.budget else 0))
-                salient = self.salient(scores, layer, row)
-                positions = layer.positions[row, :, :n]
-                chosen = choose(scores, positions, protected, recent, salient, share[row])
+                room = share[row] - (min(protected, n) if self.budget else 0)
+                always = self.always(layer, row, protected, room)
+                chosen = choose(scores, always, self.salient(scores, layer, row), share[row])
                 counts[row] = chosen.shape[1]
                 kept[row, :, : counts[row]] = chosen
             if counts != layer.lengths:
@@ -209,7 +229,7 @@ class Lethe(Pruner):
     name: ClassVar[str] = "lethe"
 
     allocation: str = option("hoyer", "divides the budget over layers", choices=ALLOCATIONS)
-    even_share: float = option(0.35, "part of the budget by Hoyer that layers share evenly", 0, 1)
+    even_share: float = option(0.65, "part of the budget by Hoyer that layers share evenly", 0, 1)
     cap: float = option(1.5, "most that a layer counts by Hoyer, in medians; 0: no limit", low=0)
     knee: str = option(
         "auto", "what makes a breakpoint (auto: none with a budget, else global)", choices=KNEES
@@ -217,7 +237,11 @@ class Lethe(Pruner):
     tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
-    lag: int = option(8, "with a budget: tokens after which attention counts", 0, 4096)
+    lag: int = option(4, "with a budget: tokens after which attention counts", 0, 4096)
+    distinct_ratio: float = option(
+        0.8, "with a budget: share of what recent tokens leave for those never repeated", 0, 1
+    )
+    alike: float = option(0.8, "cosine of two keys above which the newer repeats the older", -1, 1)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
         "auto", "who chooses (auto: head with a budget, else layer)", choices=GRANULARITIES
@@ -227,8 +251,9 @@ class Lethe(Pruner):
     @classmethod
     def paper(cls, **changes) -> "Lethe":
         """Every parameter as the paper reads; what it leaves open stays at the default."""
-        published = {"even_share": 0.0, "cap": 0.0, "knee": "global", "granularity": "layer"}
-        return cls(**{**published, "lag": 0, "protect_prompt": False, **changes})
+        published = {"even_share": 0.0, "cap": 0.0, "lag": 0, "distinct_ratio": 0.0}
+        published |= {"knee": "global", "granularity": "layer", "protect_prompt": False}
+        return cls(**{**published, **changes})
 
     def notes(self) -> dict:
         # A breakpoint is a ratio: to what no query could count for yet, it would be infinite.
@@ -248,6 +273,19 @@ class Lethe(Pruner):
         if self.value_norm:
             scores = scores * layer.values.float().norm(dim=-1)
         return self._merged(scores).expand_as(scores)
+
+    def always(self, layer: LayerCache, row: int, protected: int, room: int) -> Tensor:
+        """And the newest tokens that no newer one repeats: facts that nothing has asked for yet."""
+        kept = super().always(layer, row, protected, room)
+        recent = self.recent(room)
+        count = int(self.distinct_ratio * (room - recent))
+        if not self.budget or not count:
+            return kept
+        # What is judged for the first time was recent at the last round: all newer ones are near.
+        cosine = repeats(layer.content(row), recent + self.interval)
+        cosine = cosine if self.per_head else cosine.mean(0, keepdim=True)
+        distinct = ~kept & (cosine <= self.alike)
+        return kept | distinct & (distinct.flip(-1).cumsum(-1).flip(-1) <= count)
 
     def weights(self, cache: KVCache) -> list[list[float]]:
         if self.allocation in ("uniform", "pyramid"):

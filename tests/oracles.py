@@ -113,18 +113,31 @@ def best(scores, count, among):
     return set(sorted(among, key=lambda slot: (value[slot], slot), reverse=True)[:count])
 
 
-def prune(scores, positions, protected, recent, share, salient):
-    """The slots kept, head by head: protected, recent, and the best of the rest.
+def always(positions, protected, recent, distinct=None, count=0):
+    """The slots that stay whatever their scores, a set per head: protected, recent, and of the rest
+    the last `count` that are distinct.
 
-    scores, positions: [head][slot]; protected: first positions that stay; recent: last slots that
-    stay; share: slots there are in all; salient: how many of a head's best stand out. All heads
-    keep as many as the one that needs most.
+    positions: [head][slot]; protected: first positions that stay; recent: last slots that stay;
+    distinct: [head][slot] bool, or None.
     """
-    slots = range(len(scores[0]))
-    always = [
+    slots = range(len(positions[0]))
+    stay = [
         {slot for slot in slots if row[slot] < protected or slot >= len(slots) - recent}
         for row in positions
     ]
+    for head, mine in enumerate(stay if distinct else ()):
+        rest = [slot for slot in slots if slot not in mine and distinct[head][slot]]
+        mine |= set(rest[max(0, len(rest) - count) :])
+    return stay
+
+
+def prune(scores, always, share, salient):
+    """The slots kept, head by head: those of `always` (a set per head), and the best of the rest.
+
+    scores: [head][slot]; share: slots there are in all; salient: how many of a head's best stand
+    out. All heads keep as many as the one that needs most.
+    """
+    slots = range(len(scores[0]))
     wanted = max(
         len(stay | best(row, salient, slots)) for row, stay in zip(scores, always, strict=True)
     )
@@ -132,6 +145,21 @@ def prune(scores, positions, protected, recent, share, salient):
     return [
         sorted(stay | best(row, target - len(stay), sorted(set(slots) - stay)))
         for row, stay in zip(scores, always, strict=True)
+    ]
+
+
+def repeats(keys, near):
+    """[slot] -> the highest cosine of each key, less the mean of all, with a newer one that is
+    among the last `near`; -1 where there is none."""
+    n, mean = len(keys), [math.fsum(column) / len(keys) for column in zip(*keys, strict=True)]
+    keys = [[x - y for x, y in zip(key, mean, strict=True)] for key in keys]
+    norms = [math.sqrt(dot(key, key)) or 1.0 for key in keys]
+    return [
+        max(
+            (dot(keys[i], keys[j]) / norms[i] / norms[j] for j in range(max(i + 1, n - near), n)),
+            default=-1.0,
+        )
+        for i in range(n)
     ]
 
 

@@ -52,6 +52,9 @@ ALL |= {
         "global": {"knee": "global", "tau": 3.0, "granularity": "layer"},
         "segment": {"knee": "segment", "tau": 1.5, "segments": 7},
         "no-knee": {"knee": "none", "protect_prompt": False},
+        "distinct": {"distinct_ratio": 0.6, "recent_ratio": 0.2, "alike": 0.3},
+        "distinct-layer": {"distinct_ratio": 1.0, "granularity": "layer", "alike": 0.2},
+        "not-distinct": {"distinct_ratio": 0.0, "protect_prompt": False},
         "alone": {
             "budget": None,
             "granularity": "layer",
@@ -90,13 +93,11 @@ def protected_of(policy, prompt):
 # -- rounds on noise -----------------------------------------------------------------------------
 
 
-def new_cache(policy, prompt=0, compact=None, layers=3):
+def new_cache(policy, prompt=0, compact=False, layers=3):
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
-    cache = KVCache(
-        SimpleNamespace(num_hidden_layers=layers, **sizes),
-        **policy.notes(),
-        compact=compact,
-    )
+    sizes |= {"rope_type": "default", "rope_theta": 10000.0, "rope_scaling": {}}
+    sizes |= {"num_hidden_layers": layers}
+    cache = KVCache(SimpleNamespace(**sizes), **policy.notes(), compact=compact)
     cache.prompt = [prompt]
     return cache
 
@@ -146,7 +147,10 @@ def right_choice(policy, cache, due):
             protected = protected_of(policy, cache.prompt[row])
             room = share[row] - min(protected, n) * (policy.budget is not None)
             recent = min(room, max(policy.min_recent, int(policy.recent_ratio * room)))
-            chosen = oracles.prune(scores, positions, protected, recent, share[row], salient)
+            stay = oracles.always(
+                positions, protected, recent, *tiny.distinct(policy, layer, row, room, recent)
+            )
+            chosen = oracles.prune(scores, stay, share[row], salient)
             kept[-1].append(
                 [[head[slot] for slot in slots] for head, slots in zip(positions, chosen)]  # noqa: B905
                 if due[row]
@@ -271,7 +275,7 @@ def run(model, policy, tokens, prompt, compact=False):
     Returns the cache, the logits of every step, and what each query may look at: [layer][head][t],
     the positions held when token t came, its own included.
     """
-    cache = new_cache(policy, prompt, model.inv_freq if compact else None)
+    cache = new_cache(policy, prompt, compact)
     looks = [[[list(range(t + 1)) for t in range(prompt)] for _ in range(2)] for _ in range(3)]
     logits = [model(torch.tensor([tokens[:prompt]]), cache=cache)[0, -1]]
     policy.round(cache, policy.due(cache))
@@ -336,18 +340,21 @@ def test_logits_are_those_of_a_full_pass_without_the_evicted(model, policy, comp
 
 @every_policy
 @torch.inference_mode()
-def test_compact_keys_are_raw_keys_turned_to_their_slot(model, policy):
-    """However often a key moved, its angle is that of its slot (layer 0, whose raw keys depend on
-    the token alone), and positions still tell its place in the text."""
+@pytest.mark.parametrize("compact", [False, True], ids=["absolute", "compact"])
+def test_keys_are_raw_keys_turned_to_their_position_or_slot(model, policy, compact):
+    """However often a key moved, its angle is that of its position, or in a compact cache of its
+    slot (layer 0, whose raw keys depend on the token alone); `content` turns it back."""
     tokens = some_tokens(61, seed=5)
-    cache, _, _ = run(model, policy, tokens, prompt=7, compact=True)
+    cache, _, _ = run(model, policy, tokens, prompt=7, compact=compact)
     block, layer = model.layers[0], cache.layers[0]
     raw = block.self_attn.k_proj(
         block.input_layernorm(model.embed_tokens(torch.tensor(tokens)))
     ).view(-1, 2, 10)
     for head, positions in enumerate(held_positions(cache)[0][0]):
-        right = turned(raw[positions, head], list(range(len(positions))), model.inv_freq)
+        raw_keys, angles = raw[positions, head], range(len(positions)) if compact else positions
+        right = turned(raw_keys, list(angles), model.inv_freq)
         torch.testing.assert_close(layer.keys[0, head].double(), right, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.content(0)[head], raw_keys, atol=1e-5, rtol=1e-5)
 
 
 @given(st.integers(-4000, 4000), st.integers(-4000, 4000), seeds)

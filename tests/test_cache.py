@@ -25,7 +25,13 @@ from lethe_mini.stats import allocated, token_bytes
 L, KV_HEADS, HEADS, D, WINDOW, MOST = 2, 3, 6, 4, 5, 4
 PROMPTS = st.integers(1, 9) | st.integers(30, 70)
 SIZES = SimpleNamespace(
-    num_hidden_layers=L, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=D
+    num_hidden_layers=L,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    head_dim=D,
+    rope_type="default",
+    rope_theta=10000.0,
+    rope_scaling={},
 )
 POLICIES = {
     "full": lambda **_: FullKV(),
@@ -38,6 +44,7 @@ POLICIES = {
     "random": RandomKV,
     "lethe": lambda **kwargs: Lethe(tau=8.0, knee="global", granularity="layer", **kwargs),
     "lethe-head": lambda **kwargs: Lethe(knee="none", granularity="head", **kwargs),
+    "lethe-distinct": lambda **kwargs: Lethe(distinct_ratio=0.7, alike=0.2, **kwargs),
     "lethe-norm": lambda **kwargs: Lethe(granularity="layer", value_norm=True, **kwargs),
     "lethe-alone": lambda **kwargs: alone(tau=2.0, granularity="layer", **kwargs),
     "lethe-alone-head": lambda **kwargs: alone(
@@ -243,8 +250,9 @@ class CacheMachine(RuleBasedStateMachine):
                 room -= min(always, n) if policy.budget is not None else 0
                 recent = min(room, max(policy.min_recent, int(policy.recent_ratio * room)))
                 positions = [[slot[2] for slot in head] for head in row.slots[index]]
-                share = shares[index][number]
-                chosen = oracles.prune(scores, positions, always, recent, share, salient)
+                apart = tiny.distinct(policy, layer, number, room, recent)
+                stay = oracles.always(positions, always, recent, *apart)
+                chosen = oracles.prune(scores, stay, shares[index][number], salient)
                 if tried and policy.budget is None:
                     row.thresholds[index] = max(threshold, 2 * len(chosen[0]))
                 found.append((index, row, chosen))

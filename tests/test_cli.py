@@ -215,7 +215,7 @@ def test_lethe_and_paper_are_short_for_the_policy(run, model, tmp_path):
         assert code == 0
         told.append(json.loads(path.read_text())["policy"])
     assert told[0] == told[1]
-    ours = {"protect_prompt", "even_share", "cap", "lag", "knee", "granularity"}
+    ours = {"protect_prompt", "even_share", "cap", "lag", "knee", "granularity", "distinct_ratio"}
     assert {k for k in told[0] if told[0][k] != told[2][k]} == ours
 
 

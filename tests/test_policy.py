@@ -4,6 +4,7 @@ Scores are drawn as multiples of 1/8 where ties and exact ratios matter, so that
 exactly and a comparison that comes out differently is a fault, not a rounding.
 """
 
+import copy
 import dataclasses
 import math
 import statistics
@@ -22,7 +23,8 @@ from lethe_mini.baselines import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, re
 from lethe_mini.budget import pyramid, split_budget
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError
-from lethe_mini.policy import Lethe, Pruner, choose, find_breakpoint, hoyer, rank
+from lethe_mini.policy import Lethe, Pruner, choose, find_breakpoint, hoyer, rank, repeats
+from lethe_mini.rope import rope_cos_sin, rotate
 
 PRUNERS = [policy for policy in POLICIES.values() if issubclass(policy, Pruner)]
 FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
@@ -35,6 +37,7 @@ WEIGHTS = st.floats(1e-3, 1e3) | st.just(0.0) | st.sampled_from([1.0, 2.0])
 def cache_of(layers=1, batch=1, heads=3, width=4, group=2, **kwargs):
     sizes = {"num_attention_heads": heads * group, "num_key_value_heads": heads}
     sizes |= {"num_hidden_layers": layers, "head_dim": width}
+    sizes |= {"rope_type": "default", "rope_theta": 10000.0, "rope_scaling": {}}
     return KVCache(SimpleNamespace(**sizes), batch=batch, **kwargs)
 
 
@@ -271,22 +274,45 @@ def test_rank_puts_the_best_first_and_of_equals_the_newer(scores):
 
 
 @settings(max_examples=5 * settings.default.max_examples)
-@given(
-    curves(),
-    st.randoms(use_true_random=False),
-    *[st.integers(0, 25)] * 2,
-    *[st.integers(1, 25)] * 2,
-)
-def test_a_choice_is_the_oracles(scores, chance, protected, recent, salient, share):
+@given(curves(), st.randoms(use_true_random=False), *[st.integers(1, 25)] * 2)
+def test_a_choice_is_the_oracles(scores, chance, salient, share):
     """Ascending slots, as many in every head; whatever the heads hold, and at any counts."""
     n = len(scores[0])
     scores = [[score if score == score else -math.inf for score in head] for head in scores]
-    positions = [sorted(chance.sample(range(40), n)) for _ in scores]
-    chosen = choose(
-        torch.tensor(scores), torch.tensor(positions), protected, min(recent, n), salient, share
-    )
-    right = oracles.prune(scores, positions, protected, min(recent, n), share, salient)
-    assert chosen.tolist() == right
+    always = [{slot for slot in range(n) if chance.random() < 0.3} for _ in scores]
+    mask = torch.tensor([[slot in stay for slot in range(n)] for stay in always])
+    chosen = choose(torch.tensor(scores), mask, salient, share)
+    assert chosen.tolist() == oracles.prune(scores, always, share, salient)
+
+
+@FEW
+@given(st.integers(1, 150), st.integers(1, 160), st.integers(1, 3), seeds)
+def test_repeats_is_the_oracles(n, near, heads, seed):
+    """The best cosine with a newer key, per head, whatever the blocks it is computed in."""
+    torch.manual_seed(seed)
+    keys = torch.randn(heads, n, 4) + torch.randn(heads, 1, 4)
+    right = [oracles.repeats(head, near) for head in keys.tolist()]
+    torch.testing.assert_close(repeats(keys, near), torch.tensor(right), atol=1e-5, rtol=0)
+
+
+def test_a_repeated_token_makes_room_for_one_that_nothing_repeats():
+    """All scores alike: of the older half, which two contents share, the newest distinct ones stay
+    in place of repeated ones that are newer."""
+    cache = cache_of(width=16, heads=1)
+    layer, contents = cache.layers[0], torch.eye(16)
+    words = [0, 5, 1, 6, 1, 2, 1, 2, 1, 2, 3, 1, 2, 3]
+    positions = torch.arange(len(words))[None]
+    keys = contents[words][None, None]
+    turned = rotate(keys, *rope_cos_sin(positions[:, None], layer.inv_freq))
+    tiny.put(layer, turned, turned, positions)
+    cache.seen = [len(words)]
+    options = {"budget": 7, "sinks": 1, "interval": 12, "recent_ratio": 0.5, "lag": 0}
+    for ratio, kept in ((0.0, {8, 9, 10}), (0.4, {3, 9, 10}), (0.7, {1, 3, 10})):
+        twin = copy.deepcopy(cache)
+        for one in twin.layers:
+            one.store["scores"] = torch.zeros(1, 1, one.capacity)
+        Lethe(distinct_ratio=ratio, **options).round(twin, [True])
+        assert set(twin.layers[0].positions[0, 0].tolist()) == {0, 11, 12, 13} | kept
 
 
 def kept_sets(policy, seed, held):

@@ -398,7 +398,7 @@ def test_every_arm_differs_from_the_base_in_what_it_is_named_for(engine):
 
 
 def test_halves_keep_what_they_say(engine):
-    """Without allocation layers hold the same; without RASR the first and the newest."""
+    """Without allocation layers hold the same; with nothing at all the first and the newest."""
     batch = some_batch(engine)
     seen = {}
     for name, (make, changes) in ablation.HALVES.items():
@@ -408,7 +408,7 @@ def test_halves_keep_what_they_say(engine):
         seen[name] = cache
     for name, cache in seen.items():
         same = all(len({layer.lengths[row] for layer in cache.layers}) == 1 for row in range(3))
-        assert same == (name in ("no-allocation", "neither"))
+        assert same == (name in ("no-allocation", "distinct-alone", "none"))
         newest = all(
             layer.positions[row, head, :length].tolist()
             == [0, 1, *range(len(batch.prompts[row]) - length + 2, len(batch.prompts[row]))]
@@ -416,7 +416,7 @@ def test_halves_keep_what_they_say(engine):
             for row, length in enumerate(layer.lengths)
             for head in range(2)
         )
-        assert newest == (name in ("no-rasr", "neither"))
+        assert newest == (name == "none")
 
 
 @pytest.mark.usefixtures("short")

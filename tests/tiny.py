@@ -19,6 +19,7 @@ from lethe_mini.cache import write
 from lethe_mini.config import ModelConfig
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
+from lethe_mini.policy import Lethe, repeats
 
 START, END = "<|start|>", "<|end|>"
 TEMPLATE = (
@@ -110,3 +111,12 @@ def observe(layer, q=None, mass=None):
         layer.scores.add_(mass)
     if q is not None:
         layer.remember(q)
+
+
+def distinct(policy, layer, row, room, recent):
+    """Which tokens no newer one repeats, [head][slot], and how many of them are to stay."""
+    if not isinstance(policy, Lethe) or policy.budget is None:
+        return None, 0
+    cosine = repeats(layer.content(row), recent + policy.interval)
+    cosine = cosine if policy.per_head else cosine.mean(0).expand_as(cosine)
+    return (cosine <= policy.alike).tolist(), int(policy.distinct_ratio * (room - recent))
