@@ -240,7 +240,7 @@ def test_a_window_takes_no_more_than_a_quarter_of_the_room(engine):
         assert arm(choice, "21", protect=True).policy(batch).window == 5
 
 
-BREAKS = {"knee": "segment", "tau": 1.05, "granularity": "layer"}
+BREAKS = {"knee": "segment", "tau": 1.05, "granularity": "layer", "distinct_ratio": 0.0}
 
 
 @pytest.mark.parametrize("changes", [BREAKS, {"interval": 11}, {"knee": "none"}], ids=str)
@@ -429,10 +429,10 @@ def test_ablation_from_the_command_line(small, tmp_path, capsys):
     assert facts["base"]["gamma"] == Lethe().gamma
     rows = [row for row in facts["rows"] if row["family"] == "all"]
     assert [row["choice"] for row in rows[:3]] == ["full", "base", "interval=4"]
-    assert len(rows) == 2 * (2 + 4 + 4)  # of five intervals one is the base's
-    for first in (0, 10):
+    assert len(rows) == 2 * (2 + 4 + 6)  # of five intervals one is the base's
+    for first in (0, 12):
         assert rows[first + 1]["less_nats"] == [0, 0, 0]
-        for row in rows[first + 2 : first + 10]:
+        for row in rows[first + 2 : first + 12]:
             if "error" not in row:
                 assert row["held"] == pytest.approx(rows[first + 1]["held"], rel=0.06)
     assert out.count("nats/word over base's") == 3
