@@ -75,7 +75,7 @@ FACTORS: dict[str, list[dict]] = {
     "allocation": [
         {"allocation": name} for name in ("hoyer", "inverse_hoyer", "uniform", "pyramid")
     ],
-    "even_share": [{"even_share": part} for part in (0.0, 0.25, 0.35, 0.5, 0.75)],
+    "even_share": [{"even_share": part} for part in (0.0, 0.25, 0.35, 0.5, 0.65, 0.75)],
     "cap": [{"cap": medians} for medians in (0.0, 1.5, 2.0)],
     "lag": [{"lag": tokens} for tokens in (0, 2, 4, 6, 8, 16)],
     "distinct_ratio": [{"distinct_ratio": part} for part in (0.0, 0.25, 0.5, 0.7, 0.8, 0.9)],

@@ -43,9 +43,11 @@ class LayerCache:
     compact:  a key's RoPE angle is that of its slot, not of its position.
     """
 
-    def __init__(self, index, config, batch, dtype, device, scored, lag, window, inv_freq, compact):
+    def __init__(
+        self, index, config, batch, dtype, device, compact, inv_freq, scored=False, lag=0, window=0
+    ):
         self.index, self.lag, self.window = index, lag, window
-        self.inv_freq, self.compact = inv_freq, compact
+        self.compact, self.inv_freq = compact, inv_freq
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         empty = torch.zeros(batch, kv_heads, 0, device=device)
         wide = torch.zeros(batch, kv_heads, 0, config.head_dim, device=device, dtype=dtype)
@@ -153,28 +155,18 @@ class LayerCache:
 class KVCache:
     """The layers' caches, and what is counted once per sequence.
 
-    config: the model's; scored, lag, window: see LayerCache; compact: keys turn to their slots at
-    every round.
+    config: the model's; compact: keys turn to their slots at every round; notes: see LayerCache.
     """
 
-    def __init__(
-        self,
-        config,
-        batch=1,
-        dtype=None,
-        device="cpu",
-        scored=False,
-        lag=0,
-        window=0,
-        compact=False,
-    ):
+    def __init__(self, config, batch=1, dtype=None, device="cpu", compact=False, **notes):
         self.device = torch.device(device)
         # Keys turn again and again, so in float64 where the device has it.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         inv_freq = inverse_frequencies(config).to(self.device, wide)
-        notes = batch, dtype, self.device, scored, lag, window, inv_freq, compact
-        layers = range(config.num_hidden_layers)
-        self.layers = [LayerCache(index, config, *notes) for index in layers]
+        self.layers = [
+            LayerCache(index, config, batch, dtype, self.device, compact, inv_freq, **notes)
+            for index in range(config.num_hidden_layers)
+        ]
         self.seen = [0] * batch  # tokens seen: the next position
         self.prompt = [0] * batch  # of these, tokens of the prompt
 

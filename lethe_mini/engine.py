@@ -106,9 +106,8 @@ class Engine:
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
-        config, notes = self.model.config, policy.notes()
-        notes["compact"] = positions == "compact"
-        return KVCache(config, 1, self.dtype, self.device, **notes)
+        where = self.model.config, 1, self.dtype, self.device
+        return KVCache(*where, compact=positions == "compact", **policy.notes())
 
 
 @dataclass
