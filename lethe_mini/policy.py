@@ -70,9 +70,10 @@ def repeats(keys: Tensor, near: int) -> Tensor:
     unit = F.normalize(keys - keys.mean(1, keepdim=True), dim=-1)
     most = torch.full(keys.shape[:2], -1.0, device=keys.device)
     for first in range(S - near, S, BLOCK):  # in blocks, so that memory is linear in S
-        cosine = unit @ unit[:, first : first + BLOCK].mT
-        newer = torch.ones_like(cosine[0], dtype=torch.bool).triu(1 - first)
-        most = most.maximum(cosine.masked_fill(~newer, -1).amax(-1))
+        block, older = unit[:, first : first + BLOCK], most[:, : first + BLOCK]
+        cosine = block @ unit[:, : first + BLOCK].mT
+        cosine[..., first:].masked_fill_(torch.ones_like(cosine[0, :, first:]).triu().bool(), -1)
+        older.copy_(older.maximum(cosine.amax(1)))
     return most
 
 
