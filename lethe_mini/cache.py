@@ -76,12 +76,11 @@ class LayerCache:
         slots = torch.arange(self.length, device=self.filled.device)
         return (slots < self.filled[:, None])[:, None]
 
-    def content(self, row: int) -> Tensor:
-        """(H_kv, n, D) float32: a sequence's keys as they were before RoPE."""
-        n = self.lengths[row]
-        slots = torch.arange(n, device=self.filled.device)
-        angles = slots if self.compact else self.positions[row, :, :n]
-        return rotate(self.keys[row, :, :n].float(), *rope_cos_sin(-angles, self.inv_freq))
+    def content(self, rows: list[int]) -> Tensor:
+        """(len(rows), H_kv, S, D): these sequences' keys as they were before RoPE."""
+        slots = torch.arange(self.length, device=self.filled.device)
+        angles = slots if self.compact else self.positions[rows]
+        return rotate(self.keys[rows], *rope_cos_sin(-angles, self.inv_freq.float()))
 
     def reserve(self, T: int) -> tuple[Store, Tensor]:
         """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)

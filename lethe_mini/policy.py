@@ -19,6 +19,7 @@ from torch import Tensor
 from .budget import pyramid, split_budget
 from .cache import BLOCK, KVCache, LayerCache
 from .options import check_options, check_room, option
+from .products import widened
 
 
 def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
@@ -60,20 +61,24 @@ def rank(importance: Tensor) -> Tensor:
     return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def repeats(keys: Tensor, near: int) -> Tensor:
+def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
     """How well a newer token may stand for each: the highest cosine of its key with a newer one's,
-    among the last `near`, about the mean of all keys; -1 where there is none.
+    among the last `near`, about the mean of all keys; 0 if none is alike.
 
-    keys: (H_kv, S, D) before RoPE, S at least 1. -> (H_kv, S) float32.
+    keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,).
+    -> (B, H_kv, S), as exact as the keys' dtype, of no meaning beyond the length.
     """
-    S, near = keys.shape[1], min(near, keys.shape[1])
-    unit = F.normalize(keys - keys.mean(1, keepdim=True), dim=-1)
-    most = torch.full(keys.shape[:2], -1.0, device=keys.device)
-    for first in range(S - near, S, BLOCK):  # in blocks, so that memory is linear in S
-        block, older = unit[:, first : first + BLOCK], most[:, : first + BLOCK]
-        cosine = block @ unit[:, : first + BLOCK].mT
-        cosine[..., first:].masked_fill_(torch.ones_like(cosine[0, :, first:]).triu().bool(), -1)
-        older.copy_(older.maximum(cosine.amax(1)))
+    S, block = keys.shape[2], 2 * BLOCK
+    slots, oldest = torch.arange(S, device=keys.device), lengths - near
+    mean = keys.sum(2, keepdim=True) / lengths[:, None, None, None]
+    unit = widened(F.normalize(keys - mean, dim=-1))[0]
+    judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
+    newer, most = unit * judges[:, None, :, None], unit.new_zeros(keys.shape[:3])
+    for first in range(max(0, int(oldest.min())), S, block):  # so that memory is linear in S
+        cosine = newer[:, :, first : first + block] @ unit[:, :, : first + block].mT
+        cosine[..., first:].tril_(-1)  # no token is newer than itself
+        older = most[:, :, : first + block]
+        older.copy_(older.maximum(cosine.amax(2)))
     return most
 
 
@@ -160,13 +165,14 @@ class Pruner(Policy):
         """How many of `room` tokens go to the newest; at least `min_recent`."""
         return min(room, max(self.min_recent, int(self.recent_ratio * room)))
 
-    def always(self, layer: LayerCache, row: int, protected: int, room: int) -> Tensor:
-        """(H_kv, n) bool: which of a sequence's n slots stay whatever their importance. Default:
-        positions below `protected`, and the most recent of the `room` left beside these."""
-        n = layer.lengths[row]
-        slots = torch.arange(n, device=layer.filled.device)
-        positions = layer.positions[row, :, :n]
-        return (positions < protected) | (slots >= n - self.recent(room))
+    def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
+        """(len(rows), H_kv, S) bool: which slots of these sequences stay whatever their importance.
+        Default: positions below `protected`, and the most recent of the room beside these."""
+        device, pairs = layer.filled.device, zip(rows, rooms, strict=True)
+        recent = [layer.lengths[row] - self.recent(room) for row, room in pairs]
+        first, last = torch.tensor([protected, recent], device=device)[:, :, None, None]
+        slots = torch.arange(layer.length, device=device)
+        return (layer.positions[rows] < first) | (slots >= last)
 
     def protected(self, prompt: int) -> int:
         """First positions that always stay, of a sequence with so long a prompt."""
@@ -189,16 +195,20 @@ class Pruner(Policy):
         return held > self.budget * len(cache.layers)
 
     def round(self, cache: KVCache, due: list[bool]) -> None:
+        rows = [row for row, ready in enumerate(due) if ready]
+        protected = [self.protected(cache.prompt[row]) for row in rows]
         for layer, share in zip(cache.layers, self.shares(cache), strict=True):
             importance, counts = self.importance(layer, cache), list(layer.lengths)
             slots = torch.arange(layer.length, device=importance.device)
             kept = slots.repeat(*importance.shape[:2], 1)  # whoever is not due keeps all
-            for row in (row for row, ready in enumerate(due) if ready):
+            rooms = [
+                share[row] - (min(first, counts[row]) if self.budget else 0)
+                for row, first in zip(rows, protected, strict=True)
+            ]
+            for row, always in zip(rows, self.always(layer, rows, protected, rooms), strict=True):
                 scores, n = importance[row, :, : counts[row]], counts[row]
-                protected = self.protected(cache.prompt[row])
-                room = share[row] - (min(protected, n) if self.budget else 0)
-                always = self.always(layer, row, protected, room)
-                chosen = choose(scores, always, self.salient(scores, layer, row), share[row])
+                salient = self.salient(scores, layer, row)
+                chosen = choose(scores, always[:, :n], salient, share[row])
                 counts[row] = chosen.shape[1]
                 kept[row, :, : counts[row]] = chosen
             if counts != layer.lengths:
@@ -242,7 +252,7 @@ class Lethe(Pruner):
     distinct_ratio: float = option(
         0.8, "with a budget: share of what recent tokens leave for those never repeated", 0, 1
     )
-    alike: float = option(0.8, "cosine of two keys above which the newer repeats the older", -1, 1)
+    alike: float = option(0.8, "cosine of two keys above which the newer repeats the older", 0, 1)
     evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
     granularity: str = option(
         "auto", "who chooses (auto: head with a budget, else layer)", choices=GRANULARITIES
@@ -275,18 +285,20 @@ class Lethe(Pruner):
             scores = scores * layer.values.float().norm(dim=-1)
         return self._merged(scores).expand_as(scores)
 
-    def always(self, layer: LayerCache, row: int, protected: int, room: int) -> Tensor:
+    def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
         """And the newest tokens that no newer one repeats: facts that nothing has asked for yet."""
-        kept = super().always(layer, row, protected, room)
-        recent = self.recent(room)
-        count = int(self.distinct_ratio * (room - recent))
-        if not self.budget or not count:
+        kept = super().always(layer, rows, protected, rooms)
+        counts = [int(self.distinct_ratio * (room - self.recent(room))) for room in rooms]
+        if not self.budget or not any(counts):
             return kept
         # What is judged for the first time was recent at the last round: all newer ones are near.
-        cosine = repeats(layer.content(row), recent + self.interval)
-        cosine = cosine if self.per_head else cosine.mean(0, keepdim=True)
+        device = kept.device
+        near = torch.tensor([self.recent(room) + self.interval for room in rooms], device=device)
+        cosine = repeats(layer.content(rows), layer.filled[rows], near)
+        cosine = cosine if self.per_head else cosine.mean(1, keepdim=True)
         distinct = ~kept & (cosine <= self.alike)
-        return kept | distinct & (distinct.flip(-1).cumsum(-1).flip(-1) <= count)
+        rank = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest
+        return kept | distinct & (rank <= torch.tensor(counts, device=device)[:, None, None])
 
     def weights(self, cache: KVCache) -> list[list[float]]:
         if self.allocation in ("uniform", "pyramid"):

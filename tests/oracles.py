@@ -150,14 +150,15 @@ def prune(scores, always, share, salient):
 
 def repeats(keys, near):
     """[slot] -> the highest cosine of each key, less the mean of all, with a newer one that is
-    among the last `near`; -1 where there is none."""
+    among the last `near`; 0 where none is alike."""
     n, mean = len(keys), [math.fsum(column) / len(keys) for column in zip(*keys, strict=True)]
     keys = [[x - y for x, y in zip(key, mean, strict=True)] for key in keys]
     norms = [math.sqrt(dot(key, key)) or 1.0 for key in keys]
     return [
         max(
-            (dot(keys[i], keys[j]) / norms[i] / norms[j] for j in range(max(i + 1, n - near), n)),
-            default=-1.0,
+            0.0,
+            *(dot(keys[i], keys[j]) / norms[i] / norms[j] for j in range(max(i + 1, n - near), n)),
+            0.0,
         )
         for i in range(n)
     ]

@@ -286,13 +286,25 @@ def test_a_choice_is_the_oracles(scores, chance, salient, share):
 
 
 @FEW
-@given(st.integers(1, 150), st.integers(1, 160), st.integers(1, 3), seeds)
-def test_repeats_is_the_oracles(n, near, heads, seed):
-    """The best cosine with a newer key, per head, whatever the blocks it is computed in."""
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 320)), min_size=1, max_size=3),
+    st.integers(1, 3),
+    seeds,
+)
+def test_repeats_is_the_oracles(sequences, heads, seed):
+    """The best cosine with a newer key, per sequence and head, whatever the blocks it is computed
+    in, the neighbours and what lies beyond the length."""
     torch.manual_seed(seed)
-    keys = torch.randn(heads, n, 4) + torch.randn(heads, 1, 4)
-    right = [oracles.repeats(head, near) for head in keys.tolist()]
-    torch.testing.assert_close(repeats(keys, near), torch.tensor(right), atol=1e-5, rtol=0)
+    lengths, near = torch.tensor(sequences).T
+    keys = torch.randn(len(lengths), heads, max(lengths), 4) + torch.randn(
+        len(lengths), heads, 1, 4
+    )
+    for row, n in enumerate(lengths.tolist()):
+        keys[row, :, n:] = 0
+    found = repeats(keys, lengths, near)
+    for row, (n, reach) in enumerate(sequences):
+        right = [oracles.repeats(head[:n], reach) for head in keys[row].tolist()]
+        torch.testing.assert_close(found[row, :, :n], torch.tensor(right), atol=1e-5, rtol=0)
 
 
 def test_a_repeated_token_makes_room_for_one_that_nothing_repeats():

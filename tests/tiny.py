@@ -117,6 +117,7 @@ def distinct(policy, layer, row, room, recent):
     """Which tokens no newer one repeats, [head][slot], and how many of them are to stay."""
     if not isinstance(policy, Lethe) or policy.budget is None:
         return None, 0
-    cosine = repeats(layer.content(row), recent + policy.interval)
+    near = torch.tensor([recent + policy.interval])
+    cosine = repeats(layer.content([row]), layer.filled[[row]], near)[0]
     cosine = cosine if policy.per_head else cosine.mean(0).expand_as(cosine)
     return (cosine <= policy.alike).tolist(), int(policy.distinct_ratio * (room - recent))
