@@ -1,4 +1,5 @@
-"""Accuracy against the share of the cache that is held, a line per policy, as an SVG.
+"""Accuracy against the share of the cache that is held: as an SVG, a line per policy, and as tables
+in Markdown, a row per policy and a column per budget.
 
     python benchmarks/quality.py reason --json reason.json
     python benchmarks/plot_quality.py reason.json [docs/quality.svg] [--family walk]
@@ -20,6 +21,38 @@ MARKERS = "os^DvPX*h"
 DASHES = ["solid", (0, (5, 2)), (0, (1, 1.5))]
 
 
+def measured(rows: list[dict]) -> tuple[str, dict, list[dict]]:
+    """The name of what is right, the full cache's row, and the others that could be run."""
+    rows = [row for row in rows if "error" not in row]
+    full, *pruned = rows
+    return "solved" if "solved" in full else "exact", full, pruned
+
+
+def tables(rows: list[dict]) -> str:
+    """rows: of one family, the full cache's first. A table for prompts free and protected each: of
+    every policy and budget the problems right, in %, and the interval."""
+    right, full, pruned = measured(rows)
+
+    def percent(row: dict) -> str:
+        mean, low, high = (f"{100 * value:.1f}" for value in row[right])
+        return f"{mean} [{low}, {high}]"
+
+    lines = []
+    for protect in sorted({row["protect"] for row in pruned}):
+        mine = [row for row in pruned if row["protect"] == protect]
+        budgets = list(dict.fromkeys(row["budget"] for row in mine))
+        # What is held differs by 2 % at most; the heading has that of the first policy.
+        heads = {r["budget"]: f"{r['budget']}: {r['held']:.0f} slots" for r in reversed(mine)}
+        title = "prompt protected" if protect else "prompt free"
+        lines += [f"| {title} | " + " | ".join(heads[budget] for budget in budgets) + " |"]
+        lines += ["|---" * (1 + len(budgets)) + "|"]
+        for choice in dict.fromkeys(row["choice"] for row in mine):
+            found = {row["budget"]: percent(row) for row in mine if row["choice"] == choice}
+            lines += [f"| {choice} | " + " | ".join(found.get(b, "") for b in budgets) + " |"]
+        lines += [f"| full: {full['held']:.0f} slots | {percent(full)}" + " |" * len(budgets), ""]
+    return "\n".join(lines)
+
+
 def draw(rows: list[dict], out: Path) -> None:
     """rows: of one family, as quality.py reason writes them."""
     import matplotlib
@@ -27,9 +60,7 @@ def draw(rows: list[dict], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if "error" not in row]
-    right = "solved" if "solved" in rows[0] else "exact"
-    full, pruned = rows[0], [row for row in rows if row["choice"] != "full"]
+    right, full, pruned = measured(rows)
     # Lethe first, over all others, in the first colour.
     choices = sorted({row["choice"] for row in pruned}, key=lambda name: (name != "lethe", name))
     protections = sorted({row["protect"] for row in pruned})
@@ -80,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if family is None or not any("share" in row for row in mine):
         print(f"{args.json} has no problems of {family}: see quality.py reason", file=sys.stderr)
         return 2
+    print(tables(mine))
     return draw_or_say(draw, mine, args.svg)
 
 

@@ -354,8 +354,12 @@ def test_reason_from_the_command_line(small, tmp_path, capsys, way):
         quality.main([*argv, "--lines", str(old), "--json", str(path)])
         assert json.loads(path.read_text())["rows"] == facts["rows"]
         assert old.read_text() == before
+    capsys.readouterr()
     assert plot_quality.main([str(path), str(svg)]) == 0
-    text = svg.read_text()
+    tables, text = capsys.readouterr().out, svg.read_text()
+    assert tables.count("\n| lethe |") == 2
+    right = others[1]["solved" if "solved" in full else "exact"]
+    assert f"\n| lethe | {100 * right[0]:.1f} [{100 * right[1]:.1f}, " in tables
     assert all(f">{name}<" in text for name in ("full", "random", "lethe", "paper"))
     assert plot_quality.main([str(path), str(svg), "--family", "sum"]) == 2
     with pytest.raises(SystemExit):
