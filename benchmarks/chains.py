@@ -190,8 +190,8 @@ class Batch:
 
     def prefilled(self, policy: Policy) -> tuple[KVCache, Tensor]:
         """A cache that holds the prompts, as no round has touched it yet, and the logits behind
-        them, (B, 1, vocab). The same for all policies that keep the same things."""
-        key = policy.gamma is not None, policy.window
+        them, (B, 1, vocab). The same for all policies whose caches note the same things."""
+        key = tuple(sorted(policy.notes().items()))
         if key not in self._prefilled:
             caches, logits = [], []
             for ids in self.prompts:

@@ -120,11 +120,15 @@ def test_what_is_held_is_what_the_engine_counts(engine, name):
     assert read["full"] == pytest.approx(batch.held(read["tokens"]))
 
 
-def test_what_was_prefilled_is_not_changed_by_reading(engine):
-    batch, policy = random_batch(engine), ALL["lethe-unprotected"]
-    first = batch.read(policy)
-    batch.read(ALL["h2o-unprotected"])
-    assert batch.read(policy) == first
+@pytest.mark.parametrize("turns", [1, -1])
+def test_what_others_have_read_changes_nothing(engine, turns):
+    """Prompts are prefilled once for policies that note the same; those that count attention from
+    another lag on do not."""
+    names = ["h2o-unprotected", "lethe-unprotected", "snapkv-unprotected", "h2o-unprotected"]
+    policies = [*[ALL[name] for name in names][::turns], Lethe(budget=20, interval=7, lag=9)]
+    batch = random_batch(engine)
+    for policy in policies:
+        assert batch.read(policy) == random_batch(engine).read(policy)
 
 
 def test_writing_says_how_it_ended(engine, monkeypatch):
