@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         engine = Engine.from_pretrained(args.model, "cpu", args.dtype)
     except UserError as error:
         sys.exit(f"error: {error}")
+    base = asdict(Lethe(budget=1, interval=args.interval, **args.base)) | {"budget": args.budget}
     rows = run(engine, args)
-    base = asdict(Lethe(interval=args.interval, **args.base))
     print(f"{args.model} in {args.dtype}, problems to {args.split}; {hardware()}\nbase: {base}\n")
     show_tables(rows, "base")
     write_json(args.json, args, {"base": base, "hardware": hardware(), "rows": rows})

@@ -224,7 +224,8 @@ class Bench:
             raise KeyboardInterrupt
 
     def cost_key(self, cell: Cell, part: int) -> dict:
-        return {**self.settings(cell), "task": self.task, "part": part}
+        run = {"batch_size": self.batch_size, "problems": digest({"prompts": list(self.ids)})}
+        return {**self.settings(cell), **run, "task": self.task, "part": part}
 
     def costs(self, cell: Cell) -> list[dict]:
         """What the runs so far cost: one, or several if they were interrupted."""
@@ -492,6 +493,7 @@ def run(argv: list[str] | None) -> int:
         "revision": args.revision,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": engine.device.type,
+        "compile": args.compile,
         "positions": args.positions,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lethe_mini import Lethe
 from lethe_mini.baselines import POLICIES
+from lethe_mini.loader import resolve
 from lethe_mini.policy import FullKV, Policy
 
 BUDGETS = ["5%", "10%", "25%", "50%"]
@@ -135,6 +136,12 @@ def markdown(rows: list[dict], names: dict[str, str], held: Callable[[dict], str
         cells = [show(row.get(name)) for name in names]
         lines.append(f"{start} {held(row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def weights_of(model: str) -> str:
+    """Names a checkpoint's weights, whatever their folder is called."""
+    files = sorted(resolve(model).glob("*.safetensors"))
+    return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
 
 def digest(ids: list[int]) -> str:

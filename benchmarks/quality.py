@@ -43,6 +43,7 @@ from choices import (
     digest,
     markdown,
     tokens_of,
+    weights_of,
 )
 from memory import hardware
 from reading import SPLITS, Reader, stretches, token_stream
@@ -82,13 +83,14 @@ class Bench:
 
     def __init__(self, engine: Engine, lines: Lines, prompt: int):
         self.engine, self.lines, self.prompt = engine, lines, prompt
+        self.weights = weights_of(engine.name)
         self.nominal: dict[str, int] = {}  # per policy, where the last text's budget ended
 
     def key(self, cell: Cell, **facts) -> dict:
         """All that a result depends on."""
         engine = self.engine
         dtype = str(engine.dtype).removeprefix("torch.")
-        run = {"model": engine.name, "dtype": dtype, "device": engine.device.type}
+        run = {"weights": self.weights, "dtype": dtype, "device": engine.device.type}
         return {**run, "prompt": self.prompt, "policy": cell.facts(), **facts}
 
     def result(self, cell: Cell, read: Callable[[Policy], dict], **facts) -> dict:

@@ -7,19 +7,17 @@ measured, as a mean over layers and all tokens written, and shown as a share of 
 holds at the same tokens.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from chains import Batch, batches
-from choices import CHOICES, at_equal_budget, digest, markdown, tokens_of
+from choices import CHOICES, at_equal_budget, digest, markdown, tokens_of, weights_of
 from results import Lines, mean_with_interval, wilson
 from tqdm import tqdm
 
 from lethe_mini import Engine, Lethe
 from lethe_mini.baselines import SnapKV
 from lethe_mini.errors import UserError
-from lethe_mini.loader import resolve
 from lethe_mini.policy import FullKV, Policy
 from lethe_mini.tasks import BEYOND, TRAINED
 
@@ -102,10 +100,12 @@ class Bench:
     def __init__(self, engine: Engine, lines: Lines, writes: bool, room: float, whole: bool):
         self.engine, self.lines = engine, lines
         self.writes, self.room, self.whole = writes, room, whole and not writes
-        weights = sorted(resolve(engine.name).glob("*.safetensors"))
-        sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]
         dtype = str(engine.dtype).removeprefix("torch.")
-        self.facts = {"weights": digest(sums), "dtype": dtype, "device": engine.device.type}
+        self.facts = {
+            "weights": weights_of(engine.name),
+            "dtype": dtype,
+            "device": engine.device.type,
+        }
         self.facts |= {"room": room} if writes else {"whole": whole}
 
     def result(self, batch: Batch, arm: Arm) -> dict:

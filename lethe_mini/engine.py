@@ -84,7 +84,7 @@ class Engine:
         policy = FullKV() if policy is None else policy
         check_sampling(temperature, top_k, top_p)
         sizes = (max_new_tokens, num_samples, batch_size, prefill_chunk)
-        limits = check_request(prompts, *sizes, positions, cache)
+        limits = check_request(prompts, *sizes, positions, cache, policy)
         encoded = encode_prompts(self, prompts, policy, system, raw, cache)
         counts, told = [len(ids) for ids in encoded], (on_token, on_finish)
         roster = Roster(counts, limits, num_samples, seed, self.text, ignore_eos, *told)

@@ -68,10 +68,10 @@ def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
     keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,).
     -> (B, H_kv, S), as exact as the keys' dtype, of no meaning beyond the length.
     """
-    S, block = keys.shape[2], 2 * BLOCK
+    S, block, wide = keys.shape[2], 2 * BLOCK, keys.float()  # 16 bits are for the products alone
     slots, oldest = torch.arange(S, device=keys.device), lengths - near
-    mean = keys.sum(2, keepdim=True) / lengths[:, None, None, None]
-    unit = widened(F.normalize(keys - mean, dim=-1))[0]
+    mean = wide.sum(2, keepdim=True) / lengths[:, None, None, None]
+    unit = widened(F.normalize(wide - mean, dim=-1).to(keys.dtype))[0]
     judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
     newer, most = unit * judges[:, None, :, None], unit.new_zeros(keys.shape[:3])
     for first in range(max(0, int(oldest.min())), S, block):  # so that memory is linear in S
@@ -291,7 +291,7 @@ class Lethe(Pruner):
         counts = [int(self.distinct_ratio * (room - self.recent(room))) for room in rooms]
         if not self.budget or not any(counts):
             return kept
-        # What is judged for the first time was recent at the last round: all newer ones are near.
+        # From round to round, what is judged for the first time was recent: newer ones are near.
         device = kept.device
         near = torch.tensor([self.recent(room) + self.interval for room in rooms], device=device)
         cosine = repeats(layer.content(rows), layer.filled[rows], near)

@@ -45,6 +45,7 @@ def check_request(
     prefill_chunk: int,
     positions: str,
     cache: KVCache | None,
+    policy: Policy,
 ) -> list[int]:
     """The limit of new tokens for every prompt. Raises UserError for what cannot be."""
     limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
@@ -57,4 +58,9 @@ def check_request(
         raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
     if cache is not None and len(prompts) * num_samples != 1:
         raise UserError("a cache is gone on with by one prompt and one sample")
+    if cache is not None:
+        layer = cache.layers[0]
+        notes = {"scored": layer.scored, "lag": layer.lag, "window": layer.window}
+        if (notes, layer.compact) != (policy.notes(), positions == "compact"):
+            raise UserError("the cache was made for another policy or other positions")
     return limits

@@ -509,6 +509,16 @@ def test_the_order_of_problems_changes_nothing_but_the_bootstraps_draws(engine, 
         assert mine["holds"] == pytest.approx(its["holds"])
 
 
+def test_what_a_run_cost_is_not_anothers(engine, some, whole):
+    """Texts are those of any batch, speed and memory those of this one."""
+    lines = Lines(None)
+    rows(engine, some, lines, batch_size=14)
+    for argv in ({"batch_size": 1}, {"batch_size": 14, "some": some[:2]}):
+        found = rows(engine, argv.pop("some", some), lines, **argv)
+        assert found[0]["kv_bytes_peak"] is None
+        assert found[0]["accuracy"] is not None
+
+
 def test_fewer_samples_and_problems_are_a_part(engine, some, whole):
     lines = Lines(None)
     argv = [*ARGV[:6], "24", *ARGV[8:]]  # a percentage would be one of another length

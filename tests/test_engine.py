@@ -768,6 +768,19 @@ def test_what_cannot_be_generated_is_refused_before_anything_is_computed(argumen
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("policy", "positions"),
+    [(FullKV(), "absolute"), (POLICIES["h2o"](budget=9), "absolute"), (Lethe(budget=9), "compact")],
+)
+def test_a_cache_goes_on_under_the_policy_and_positions_it_was_made_for(engine, policy, positions):
+    """One without scores, with scores of another lag, with keys at other angles: refused."""
+    own = Lethe(budget=9)
+    cache = engine.new_cache(own)
+    engine.generate([ids(3)], own, max_new_tokens=5, cache=cache)
+    with pytest.raises(UserError, match="made for another policy or other positions"):
+        engine.generate([ids(3)], policy, max_new_tokens=5, positions=positions, cache=cache)
+
+
 def test_text_needs_a_tokenizer(engine):
     """An engine without one takes token ids, and gives no text."""
     with pytest.raises(UserError, match="no tokenizer"):

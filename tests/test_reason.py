@@ -448,6 +448,8 @@ def test_ablation_from_the_command_line(small, tmp_path, capsys):
     ablation.main(argv)
     assert json.loads(path.read_text()) == facts
     assert lines.read_text() == before
+    ablation.main([*argv[:-5], "--factors", "interval", "--base", "allocation=uniform"])
+    assert "'allocation': 'uniform'" in capsys.readouterr().out
     for wrong in (["--base", "interval=3"], ["--base", "colour=3"], ["--base", "gamma=7"]):
         with pytest.raises(SystemExit):
             ablation.main(wrong)
