@@ -16,8 +16,8 @@ from pathlib import Path
 from plot_decode import INK, STYLE, draw_or_say, save
 
 COLORS = ["#3a87c8", "#d1662b", "#4c9a52", "#a56cc1", "#b8860b", "#c8517e", "#2a9d9d"]
-COLORS += ["#7f7f3f", "#8a6d5c"]
-MARKERS = "os^DvPX*h"
+COLORS += ["#7f7f3f", "#8a6d5c", "#5b4fc0"]
+MARKERS = "os^DvPX*h<"
 DASHES = ["solid", (0, (5, 2)), (0, (1, 1.5))]
 
 
