@@ -24,7 +24,7 @@ TESTS = (
     "tests/test_all_policies.py::test_logits_are_those_of_a_full_pass_without_the_evicted",
 )
 FAULTS = {  # what is wrong: file, right text, wrong text
-    "recent window one short": ("policy.py", "slots >= n -", "slots > n -"),
+    "recent window one short": ("policy.py", "slots >= last", "slots > last"),
     "kept indices by score, unsorted": (
         "policy.py",
         "always.scatter(-1, order, chosen).nonzero()[:, 1]",
