@@ -288,17 +288,19 @@ class Lethe(Pruner):
     def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
         """And the newest tokens that no newer one repeats: facts that nothing has asked for yet."""
         kept = super().always(layer, rows, protected, rooms)
-        counts = [int(self.distinct_ratio * (room - self.recent(room))) for room in rooms]
+        recent = [self.recent(room) for room in rooms]
+        pairs = zip(rooms, recent, strict=True)
+        counts = [int(self.distinct_ratio * (room - newest)) for room, newest in pairs]
         if not self.budget or not any(counts):
             return kept
         # From round to round, what is judged for the first time was recent: newer ones are near.
         device = kept.device
-        near = torch.tensor([self.recent(room) + self.interval for room in rooms], device=device)
+        near = torch.tensor(recent, device=device) + self.interval
         cosine = repeats(layer.content(rows), layer.filled[rows], near)
         cosine = cosine if self.per_head else cosine.mean(1, keepdim=True)
         distinct = ~kept & (cosine <= self.alike)
-        rank = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest
-        return kept | distinct & (rank <= torch.tensor(counts, device=device)[:, None, None])
+        place = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest
+        return kept | distinct & (place <= torch.tensor(counts, device=device)[:, None, None])
 
     def weights(self, cache: KVCache) -> list[list[float]]:
         if self.allocation in ("uniform", "pyramid"):

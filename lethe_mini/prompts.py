@@ -56,9 +56,9 @@ def check_request(
         raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
     if positions not in POSITIONS:
         raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
-    if cache is not None and len(prompts) * num_samples != 1:
-        raise UserError("a cache is gone on with by one prompt and one sample")
     if cache is not None:
+        if len(prompts) * num_samples != 1:
+            raise UserError("a cache is gone on with by one prompt and one sample")
         layer = cache.layers[0]
         notes = {"scored": layer.scored, "lag": layer.lag, "window": layer.window}
         if (notes, layer.compact) != (policy.notes(), positions == "compact"):

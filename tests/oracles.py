@@ -154,14 +154,14 @@ def repeats(keys, near):
     n, mean = len(keys), [math.fsum(column) / len(keys) for column in zip(*keys, strict=True)]
     keys = [[x - y for x, y in zip(key, mean, strict=True)] for key in keys]
     norms = [math.sqrt(dot(key, key)) or 1.0 for key in keys]
-    return [
+    most = [
         max(
-            0.0,
-            *(dot(keys[i], keys[j]) / norms[i] / norms[j] for j in range(max(i + 1, n - near), n)),
-            0.0,
+            (dot(keys[i], keys[j]) / norms[i] / norms[j] for j in range(max(i + 1, n - near), n)),
+            default=0.0,
         )
         for i in range(n)
     ]
+    return [max(0.0, cosine) for cosine in most]
 
 
 # -- the other policies' scores --------------------------------------------------------------------
