@@ -54,12 +54,12 @@ def attend(
         return out.to(dtype), received_mass(q, k, mask, lag) if want_mass else None
     mask = q.new_ones(1, 1, 1, S, dtype=torch.bool) if mask is None else mask
     logits = grouped_logits(q.view(B, H_kv, H // H_kv, D) * D**-0.5, k)
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)  # (B, H_kv, G, S)
+    weights = logits.masked_fill_(~mask, -torch.inf).softmax(dim=-1)  # (B, H_kv, G, S)
     out = grouped_values(weights, v).view(B, H, T, D)
     if not want_mass:
         return out, None
     mass = weights.sum(dim=2)
-    return out, mass * lagged(mask[:, :, 0], lag) if lag else mass
+    return out, mass.mul_(lagged(mask[:, :, 0], lag)) if lag else mass
 
 
 def received_mass(
