@@ -1,4 +1,4 @@
-"""python generate.py --lethe: a real model writes with its KV cache pruned (lethe_mini/cli.py)."""
+"""python generate.py --lethe: a model writes with its KV cache pruned (lethe_mini/cli.py)."""
 
 import sys
 

