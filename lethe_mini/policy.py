@@ -68,18 +68,22 @@ def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
     keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,).
     -> (B, H_kv, S), as exact as the keys' dtype, of no meaning beyond the length.
     """
-    S, block, wide = keys.shape[2], 2 * BLOCK, keys.float()  # 16 bits are for the products alone
-    slots, oldest = torch.arange(S, device=keys.device), lengths - near
+    S, block = keys.shape[2], 2 * BLOCK
+    # Whole blocks, so that shapes repeat: PyTorch makes code for each of a 16-bit product, and
+    # keeps it. The means are float32; 16 bits are for the products alone.
+    wide = F.pad(keys, (0, 0, 0, -S % block)).float()
+    slots, oldest = torch.arange(wide.shape[2], device=keys.device), lengths - near
     mean = wide.sum(2, keepdim=True) / lengths[:, None, None, None]
     unit = widened(F.normalize(wide - mean, dim=-1).to(keys.dtype))[0]
     judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
-    newer, most = unit * judges[:, None, :, None], unit.new_zeros(keys.shape[:3])
-    for first in range(max(0, int(oldest.min())), S, block):  # so that memory is linear in S
+    newer, most = unit * judges[:, None, :, None], unit.new_zeros(unit.shape[:3])
+    start = max(0, int(oldest.min())) // block * block
+    for first in range(start, S, block):  # so that memory is linear in S
         cosine = newer[:, :, first : first + block] @ unit[:, :, : first + block].mT
         cosine[..., first:].tril_(-1)  # no token is newer than itself
         older = most[:, :, : first + block]
         older.copy_(older.maximum(cosine.amax(2)))
-    return most
+    return most[:, :, :S]
 
 
 def choose(importance: Tensor, always: Tensor, salient: int, share: int) -> Tensor:
