@@ -68,20 +68,21 @@ def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
     keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,).
     -> (B, H_kv, S), as exact as the keys' dtype, of no meaning beyond the length.
     """
-    S, block = keys.shape[2], 2 * BLOCK
-    # Whole blocks, so that shapes repeat: PyTorch makes code for each of a 16-bit product, and
-    # keeps it. The means are float32; 16 bits are for the products alone.
-    wide = F.pad(keys, (0, 0, 0, -S % block)).float()
-    slots, oldest = torch.arange(wide.shape[2], device=keys.device), lengths - near
-    mean = wide.sum(2, keepdim=True) / lengths[:, None, None, None]
-    unit = widened(F.normalize(wide - mean, dim=-1).to(keys.dtype))[0]
+    S, block, oldest = keys.shape[2], 2 * BLOCK, lengths - near
+    mean = keys.sum(2, keepdim=True, dtype=torch.float32) / lengths[:, None, None, None]
+    unit = F.normalize(keys - mean, dim=-1).to(keys.dtype)  # 16 bits are for the products alone
+    if unit.element_size() < 4:  # PyTorch makes, and keeps, code for each shape of such products
+        unit = F.pad(unit, (0, 0, 0, -S % block))
+    unit = widened(unit)[0]
+    slots = torch.arange(unit.shape[2], device=keys.device)
     judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
-    newer, most = unit * judges[:, None, :, None], unit.new_zeros(unit.shape[:3])
-    start = max(0, int(oldest.min())) // block * block
+    most, start = unit.new_zeros(unit.shape[:3]), max(0, int(oldest.min())) // block * block
     for first in range(start, S, block):  # so that memory is linear in S
-        cosine = newer[:, :, first : first + block] @ unit[:, :, : first + block].mT
+        last = first + block
+        newer = unit[:, :, first:last] * judges[:, None, first:last, None]
+        cosine = newer @ unit[:, :, :last].mT
         cosine[..., first:].tril_(-1)  # no token is newer than itself
-        older = most[:, :, : first + block]
+        older = most[:, :, :last]
         older.copy_(older.maximum(cosine.amax(2)))
     return most[:, :, :S]
 

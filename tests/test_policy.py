@@ -321,7 +321,7 @@ def test_products_of_a_comparison_come_in_few_shapes():
 
     with Products():
         for n in range(1, 500, 7):
-            keys = torch.randn(2, 1, n, 4)
+            keys = torch.randn(2, 1, n, 4, dtype=torch.bfloat16)
             repeats(keys, torch.tensor([n, max(1, n - 5)]), torch.tensor([n, 1 + n // 3]))
     assert 1 <= len(shapes) <= 4  # 128, 256, 384, 512 columns
 
