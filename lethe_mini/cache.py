@@ -77,10 +77,11 @@ class LayerCache:
         return (slots < self.filled[:, None])[:, None]
 
     def content(self, rows: list[int]) -> Tensor:
-        """(len(rows), H_kv, S, D): these sequences' keys as they were before RoPE."""
-        slots = torch.arange(self.length, device=self.filled.device)
-        angles = slots if self.compact else self.positions[rows]
-        return rotate(self.keys[rows], *rope_cos_sin(-angles, self.inv_freq.float()))
+        """(len(rows), H_kv, capacity, D): these sequences' keys as they were before RoPE. All
+        storage, as while decoding: shapes repeat; beyond a sequence's length it is zero."""
+        slots = torch.arange(self.capacity, device=self.filled.device)
+        angles = slots if self.compact else self.store["positions"][rows]
+        return rotate(self.store["keys"][rows], *rope_cos_sin(-angles, self.inv_freq.float()))
 
     def reserve(self, T: int) -> tuple[Store, Tensor]:
         """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)

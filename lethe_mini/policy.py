@@ -70,11 +70,9 @@ def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
     """
     S, block, oldest = keys.shape[2], 2 * BLOCK, lengths - near
     mean = keys.sum(2, keepdim=True, dtype=torch.float32) / lengths[:, None, None, None]
-    unit = F.normalize(keys - mean, dim=-1).to(keys.dtype)  # 16 bits are for the products alone
-    if unit.element_size() < 4:  # PyTorch makes, and keeps, code for each shape of such products
-        unit = F.pad(unit, (0, 0, 0, -S % block))
-    unit = widened(unit)[0]
-    slots = torch.arange(unit.shape[2], device=keys.device)
+    unit = F.normalize(keys - mean, dim=-1)
+    unit = widened(unit.to(keys.dtype))[0]  # 16 bits are for the products alone
+    slots = torch.arange(S, device=keys.device)
     judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
     most, start = unit.new_zeros(unit.shape[:3]), max(0, int(oldest.min())) // block * block
     for first in range(start, S, block):  # so that memory is linear in S
@@ -84,7 +82,7 @@ def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
         cosine[..., first:].tril_(-1)  # no token is newer than itself
         older = most[:, :, :last]
         older.copy_(older.maximum(cosine.amax(2)))
-    return most[:, :, :S]
+    return most
 
 
 def choose(importance: Tensor, always: Tensor, salient: int, share: int) -> Tensor:
@@ -301,7 +299,7 @@ class Lethe(Pruner):
         # From round to round, what is judged for the first time was recent: newer ones are near.
         device = kept.device
         near = torch.tensor(recent, device=device) + self.interval
-        cosine = repeats(layer.content(rows), layer.filled[rows], near)
+        cosine = repeats(layer.content(rows), layer.filled[rows], near)[..., : layer.length]
         cosine = cosine if self.per_head else cosine.mean(1, keepdim=True)
         distinct = ~kept & (cosine <= self.alike)
         place = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest

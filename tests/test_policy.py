@@ -308,7 +308,7 @@ def test_repeats_is_the_oracles(sequences, heads, seed):
         torch.testing.assert_close(found[row, :, :n], torch.tensor(right), atol=1e-5, rtol=0)
 
 
-def test_products_of_a_comparison_come_in_few_shapes():
+def test_products_of_rounds_come_in_few_shapes():
     """PyTorch keeps code for every shape of a 16-bit product on a CPU: with one for every length, a
     text of 12,000 tokens took 800 MB more than its cache."""
     shapes = set()
@@ -319,11 +319,13 @@ def test_products_of_a_comparison_come_in_few_shapes():
                 shapes.add(tuple(tuple(x.shape) for x in args))
             return function(*args, **(kwargs or {}))
 
-    with Products():
-        for n in range(1, 500, 7):
-            keys = torch.randn(2, 1, n, 4, dtype=torch.bfloat16)
-            repeats(keys, torch.tensor([n, max(1, n - 5)]), torch.tensor([n, 1 + n // 3]))
-    assert 1 <= len(shapes) <= 4  # 128, 256, 384, 512 columns
+    policy = Lethe(budget=8, interval=1)
+    cache = cache_of(batch=2, **policy.notes())
+    for n in range(1, 500, 7):
+        feed(cache, 7 if n > 1 else 1)
+        with Products():
+            policy.always(cache.layers[0], [0, 1], [0, 0], [n, 1 + n // 3])
+    assert 1 <= len(shapes) <= 8  # 64, 128, .. 512 columns
 
 
 def test_a_repeated_token_makes_room_for_one_that_nothing_repeats():
