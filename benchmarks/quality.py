@@ -177,16 +177,26 @@ class Prose:
         return {**sums, "tokens": counts, "rounds": reader.rounds}
 
 
+def prose_readings(
+    bench: Bench, texts: list[list[int]], block: int, read: type[Prose] = Prose
+) -> Iterable:
+    """For Bench.results. One after the other: a text holds the full cache's log-probabilities."""
+    for ids in texts:
+        facts = {"task": read.__name__.lower(), "text": digest(ids), "block": block}
+        yield read(bench, ids, block).read, facts
+
+
 def run_prose(
-    bench: Bench, cells: list[Cell], texts: list[list[int]], block: int, rival: str = "random"
+    bench: Bench,
+    cells: list[Cell],
+    texts: list[list[int]],
+    block: int,
+    rival: str = "random",
+    read: type[Prose] = Prose,
 ) -> list[dict]:
     """A row per cell: figures with their intervals; `over_rival` is against that choice under the
     same condition."""
-    readings = (  # one after the other: a text holds the full cache's log-probabilities
-        (Prose(bench, ids, block).read, {"task": "prose", "text": digest(ids), "block": block})
-        for ids in texts
-    )
-    found = bench.results(cells, readings, len(texts))
+    found = bench.results(cells, prose_readings(bench, texts, block, read), len(texts))
     joined = [
         {name: [x for one in ones for x in one[name]] for name in ("nats", "kl", "agree", "tokens")}
         for ones in found

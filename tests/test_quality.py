@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_all_policies import ALL, FEW, new_model, some_tokens
 
+from lethe_mini import baselines
 from lethe_mini.attention import received_mass
 from lethe_mini.engine import Engine
 from lethe_mini.policy import FullKV, Lethe
@@ -21,6 +22,7 @@ from lethe_mini.policy import FullKV, Lethe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import choices
+import foresight
 import quality
 import reading
 import results
@@ -226,6 +228,31 @@ def test_prose_is_what_one_forward_says(engine, prose):
             assert row["gap"] == pytest.approx([0] * 3, abs=1e-4)
             assert row["kl"] == pytest.approx([0] * 3, abs=1e-4)
             assert row["agree"] == [1, 1, 1]
+
+
+@torch.inference_mode()
+def test_foresight_loses_the_fewest_looks(engine, prose):
+    """What is to come is what is received later; with room nothing is lost; after one round nobody
+    who keeps as many keys per head loses fewer looks, in any layer."""
+    ids = prose[:57]
+    noted = foresight.Foretold(bench(engine), ids, 8).note(8)
+    assert list(noted) == [16, 24, 32, 40, 48, 56]
+    for fade, end in ((0.0, 24), (1.0, 56)):
+        for before, after, mass in zip(
+            noted[16], noted[end], foresight.to_come(noted, fade)[16], strict=True
+        ):
+            torch.testing.assert_close(after[:, :16] - before, mass, atol=1e-5, rtol=0)
+    few = {"interval": 8, "sinks": 2, "protect_prompt": False, "recent_ratio": 0.0}
+    roomy = foresight.Foretold(bench(engine), ids, 8).read(foresight.Foresight(budget=60, **few))
+    assert sum(roomy["kl"]) == pytest.approx(0, abs=1e-4)
+    assert sum(roomy["lost"]) == 0 < min(roomy["looks"])
+    one_round = foresight.Foretold(bench(engine), ids[:25], 8)
+    least = one_round.read(foresight.Foresight(budget=10, **few))
+    for policy in (baselines.POLICIES[name](budget=10, **few) for name in ("random", "h2o")):
+        other = one_round.read(policy)
+        assert other["looks"] == least["looks"]
+        for best, lost in zip(least["lost"], other["lost"], strict=True):
+            assert 0 < best <= lost
 
 
 @torch.inference_mode()
