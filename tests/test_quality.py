@@ -231,11 +231,13 @@ def test_prose_is_what_one_forward_says(engine, prose):
 
 
 @torch.inference_mode()
-def test_foresight_loses_the_fewest_looks(engine, prose):
+def test_foresight_loses_the_least_mass(engine, prose, monkeypatch):
     """What is to come is what is received later; with room nothing is lost; after one round nobody
-    who keeps as many keys per head loses fewer looks, in any layer."""
+    who keeps as many keys per head loses less mass, in any layer."""
+    monkeypatch.setattr(foresight, "squared_mass", received_mass)
+    monkeypatch.setattr(foresight, "SINK", 1.0)
     ids = prose[:57]
-    noted = foresight.Foretold(bench(engine), ids, 8).note(8)
+    noted = foresight.Foretold(bench(engine), ids, 8).note(8, received_mass)
     assert list(noted) == [16, 24, 32, 40, 48, 56]
     for fade, end in ((0.0, 24), (1.0, 56)):
         for before, after, mass in zip(
@@ -253,6 +255,17 @@ def test_foresight_loses_the_fewest_looks(engine, prose):
         assert other["looks"] == least["looks"]
         for best, lost in zip(least["lost"], other["lost"], strict=True):
             assert 0 < best <= lost
+
+
+def test_squared_mass_squares_what_each_query_gives():
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 11, 8)
+    sums = torch.zeros(2, 11)
+    for head in range(4):
+        for t in range(5):
+            seen = 11 - 5 + t + 1
+            logits = k[0, head // 2, :seen] @ q[0, head, t] / 8**0.5
+            sums[head // 2, :seen] += logits.softmax(-1) ** 2
+    torch.testing.assert_close(foresight.squared_mass(q, k, None)[0], sums)
 
 
 @torch.inference_mode()
