@@ -87,7 +87,7 @@ class Bench:
         self.nominal: dict[str, int] = {}  # per policy, where the last text's budget ended
 
     def key(self, cell: Cell, **facts) -> dict:
-        """All that a result depends on."""
+        """All that a result depends on, but for where the search for an equal budget began."""
         engine = self.engine
         dtype = str(engine.dtype).removeprefix("torch.")
         run = {"weights": self.weights, "dtype": dtype, "device": engine.device.type}

@@ -91,7 +91,8 @@ class Engine:
         meter = Meter(self, policy, seed, positions, len(roster.sequences), trace)
         if trace is not None:
             trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])
-        with held_back_interrupts() as pressed:
+        # A cache that goes on must not end half way through the layers, however often one presses.
+        with held_back_interrupts(hurry=cache is None) as pressed:
             run = _Run(self, policy, encoded, positions, roster, meter, pressed, cache, on_step)
             while (roster.live or roster.pending) and not pressed:
                 room = (batch_size or len(roster.sequences)) - len(roster.live)

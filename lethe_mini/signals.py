@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held_back_interrupts() -> Iterator[list]:
-    """Within it, Ctrl-C only puts something into the list that is yielded; a second one raises
-    KeyboardInterrupt at once, which ends the block and no more. Where Python's own handler is not
-    in charge, nothing changes."""
+def held_back_interrupts(hurry: bool) -> Iterator[list]:
+    """Within it, Ctrl-C only puts something into the list that is yielded; if `hurry`, a
+    second one raises KeyboardInterrupt at once, which ends the block and no more. Where Python's
+    own handler is not in charge, nothing changes."""
     pressed: list[bool] = []
 
     def note(*_) -> None:
-        if pressed:
+        if pressed and hurry:
             raise KeyboardInterrupt
         pressed.append(True)
 

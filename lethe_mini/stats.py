@@ -110,7 +110,7 @@ class Meter:
         self.policy, self.device, self.trace = policy, engine.device, trace
         self.started = self.prefill_started = time.perf_counter()
         self.compiled = compile_seconds()
-        self.tokens = self.held = self.places = 0
+        self.tokens = self.held = 0  # held: per layer, summed over tokens
 
     def prefill_begins(self) -> None:
         self.prefill_started = time.perf_counter()
@@ -120,10 +120,8 @@ class Meter:
 
     def step(self, cache: KVCache) -> None:
         """One token more for every sequence of the cache."""
-        rows = len(cache.seen)
-        self.tokens += rows
-        self.held += cache.held
-        self.places += rows * len(cache.layers)
+        self.tokens += len(cache.seen)
+        self.held += cache.held / len(cache.layers)
 
     def peak(self, *caches: KVCache) -> None:
         """Looks at the memory. It only grows between rounds and departures, so before is enough."""
@@ -162,6 +160,6 @@ class Meter:
         stats.decode_seconds = elapsed - stats.prefill_seconds - stats.compile_seconds
         stats.decode_tokens_per_second = self.tokens / max(stats.decode_seconds, 1e-9)
         stats.kv_reduction = 1 - stats.kv_bytes_final / full if full else 0.0
-        stats.kv_tokens_mean = self.held / max(1, self.places)
+        stats.kv_tokens_mean = self.held / max(1, self.tokens)
         stats.memory_peak = memory_peak(self.device)
         return stats

@@ -714,6 +714,23 @@ def test_a_second_ctrl_c_does_not_wait(pythons_ctrl_c):
         assert one.text == full.text[:7]
 
 
+@pytest.mark.parametrize("policy", [FullKV(), POLICY_CASES["layer"]], ids=["full", "lethe"])
+def test_a_cache_that_goes_on_is_whole_however_often_ctrl_c_was_pressed(pythons_ctrl_c, policy):
+    """A conversation's next turn stands on it: a step half way would count a token twice."""
+    engine = Engine(tiny())
+    results = []
+    for times in (1, 2):
+        cache = engine.new_cache(policy)
+        hook = engine.model.layers[1].register_forward_hook(pressing(9, times))
+        cut = engine.generate([ids(5)], policy, max_new_tokens=23, cache=cache)
+        hook.remove()
+        unread = (ids(5) + cut.sequences[0].token_ids)[cache.seen[0] :]
+        on = engine.generate([unread + ids(3, 1)], policy, max_new_tokens=9, cache=cache)
+        results.append((cut.sequences, on.sequences, cache.seen, [x.lengths for x in cache.layers]))
+    assert results[0][0][0].finish_reason == "interrupted"
+    assert results[0] == results[1]
+
+
 def test_an_engine_works_in_any_thread():
     """Signals belong to the main thread; elsewhere a run does without them."""
     engine, results = Engine(tiny()), []
