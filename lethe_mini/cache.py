@@ -80,8 +80,11 @@ class LayerCache:
         """(len(rows), H_kv, capacity, D): these sequences' keys as they were before RoPE. All
         storage, as while decoding: shapes repeat; beyond a sequence's length it is zero."""
         slots = torch.arange(self.capacity, device=self.filled.device)
-        angles = slots if self.compact else self.store["positions"][rows]
-        return rotate(self.store["keys"][rows], *rope_cos_sin(-angles, self.inv_freq.float()))
+        keys = self.store["keys"][rows]
+        for row, one in zip(rows, keys, strict=True):  # turned in place, for the memory's sake
+            angles = slots if self.compact else self.store["positions"][row]
+            one.copy_(rotate(one, *rope_cos_sin(-angles, self.inv_freq.float())))
+        return keys
 
     def reserve(self, T: int) -> tuple[Store, Tensor]:
         """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)

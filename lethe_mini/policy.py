@@ -49,6 +49,8 @@ def find_breakpoint(ranked: Tensor, segments: int, tau: float, knee: str) -> int
     cuts = torch.arange(segments + 1, device=ranked.device) * len(ranked) // segments
     starts, ends = ranked[cuts[:-1]], ranked[cuts[1:] - 1]
     found = starts <= tau * ends if knee == "segment" else ranked[0] > tau * starts
+    if knee == "none":
+        return None
     return int(cuts[int(found.int().argmax())]) or None
 
 

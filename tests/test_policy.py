@@ -107,7 +107,7 @@ def test_hoyer_of_a_ragged_batch_is_that_of_each_alone(rows):
     st.lists(eighths | st.just(0.0), min_size=1, max_size=70),
     st.integers(2, 19),
     st.sampled_from([1.0, 1.25, 2.0, 4.0, 400.0]),
-    st.sampled_from(["global", "segment"]),
+    st.sampled_from(["global", "segment", "none"]),
 )
 def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, knee):
     """Both readings of Algorithm 1; ties, zeros and short curves."""
