@@ -2,8 +2,8 @@
 
 from .engine import Engine
 from .errors import UserError
+from .generation.stats import Generated, Result, Stats
 from .policy import FullKV, Lethe, Policy, Pruner
-from .stats import Generated, Result, Stats
 
 __all__ = [
     "Engine",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .products import grouped_logits, grouped_values, widened
+from .kernels import grouped_logits, grouped_values, widened
 
 MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
 

@@ -1,9 +1,6 @@
-"""The sizes and switches of one transformer, frozen. checks.py says what it refuses, and why."""
+"""The sizes and switches of one transformer. checkpoint/config.py reads them from config.json."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from .checks import parse_config, read_json
 
 
 @dataclass(frozen=True)
@@ -28,14 +25,3 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     dtype: str  # the dtype that the weights were saved in
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Reads `folder/config.json`. Raises UserError for what cannot be run as it stands."""
-        path = Path(folder) / "config.json"
-        return cls.from_dict(read_json(path), where=str(path))
-
-    @classmethod
-    def from_dict(cls, data: dict, where: str = "config.json") -> "ModelConfig":
-        """`data`: a parsed config.json; `where`: its name in errors. Raises UserError."""
-        return cls(**parse_config(data, where))

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .loader import load
+from .checkpoint.load import load
+from .checkpoint.text import Text
+from .generation.interrupts import held_back_interrupts
+from .generation.requests import check_request, encode_prompts
+from .generation.roster import Roster
+from .generation.sampling import check_sampling, sample
+from .generation.stats import Generated, Meter, Result
+from .lens.trace import Trace
 from .model import Transformer
 from .policy import FullKV, Policy
-from .prompts import check_request, encode_prompts
-from .roster import Roster
-from .sampling import check_sampling, sample
-from .signals import held_back_interrupts
-from .stats import Generated, Meter, Result
-from .text import Text
-from .trace import Trace
 
 
 class Engine:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention import attend, causal_mask
 from .cache import KVCache, Store, write
 from .config import ModelConfig
-from .products import Linear
+from .kernels import Linear
 from .rope import inverse_frequencies, rope_cos_sin, rotate
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .budget import pyramid, split_budget
 from .cache import BLOCK, KVCache, LayerCache
+from .kernels import widened
 from .options import check_options, check_room, option
-from .products import widened
 
 
 def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:

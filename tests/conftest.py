@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lethe_mini.demo import demo_folder
+from lethe_mini.checkpoint.demo import demo_folder
 from lethe_mini.errors import UserError
 
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)

@@ -20,11 +20,11 @@ import tiny
 import torch
 
 from lethe_mini import Engine, Lethe, Pruner
-from lethe_mini.baselines import POLICIES
+from lethe_mini.app.cli import build_parser
 from lethe_mini.cache import KVCache
-from lethe_mini.cli import build_parser
-from lethe_mini.config import ModelConfig
+from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.model import Transformer
+from lethe_mini.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent
 ALGORITHM, GUIDE = ROOT / "docs" / "ALGORITHM.md", ROOT / "docs" / "POLICIES.md"
@@ -68,7 +68,7 @@ class Words:
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """Where a reader stands: the root of a repository, and a model that loads at once."""
-    model = Transformer(ModelConfig.from_dict(SIZES))
+    model = Transformer(parse_config(SIZES))
     model.init_rope("cpu")
     signature = inspect.signature(Engine.from_pretrained)
 
@@ -122,7 +122,7 @@ def test_the_policies_of_the_guide_prune(capsys):
     assert final[0] < final[-1]
     assert "policy every-second" in capsys.readouterr().err
 
-    cache, kv = KVCache(ModelConfig.from_dict(SIZES)), torch.zeros(1, 2, 23, 6)
+    cache, kv = KVCache(parse_config(SIZES)), torch.zeros(1, 2, 23, 6)
     for layer in cache.layers:
         tiny.put(layer, kv, kv, torch.arange(23)[None])
     cache.seen = [23]

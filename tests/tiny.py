@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lethe_mini.attention import causal_mask
 from lethe_mini.cache import write
-from lethe_mini.config import ModelConfig
+from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
 from lethe_mini.policy import Lethe, repeats
@@ -43,7 +43,7 @@ def model(spread=2.0, **changes):
     """A random transformer, float32, whose weights have this spread; `changes` are keys of
     config.json."""
     torch.manual_seed(0)
-    made = Transformer(ModelConfig.from_dict({**SIZES, **changes})).eval().requires_grad_(False)
+    made = Transformer(parse_config({**SIZES, **changes})).eval().requires_grad_(False)
     for parameter in made.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=spread / parameter.shape[-1] ** 0.5)
@@ -85,7 +85,7 @@ def folder(path, eos=(257,), template=TEMPLATE, **changes):
 # Where the tests run in the background Ctrl-C may be ignored, and a process inherits that.
 MAIN = """
 import signal, sys
-from lethe_mini.cli import main
+from lethe_mini.app.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
 """

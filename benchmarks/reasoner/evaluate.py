@@ -1,7 +1,7 @@
 """How many unseen problems the reasoner solves with the full cache: exact answers, greedy decoding.
 
-    python benchmarks/reasoner/evaluate.py             # 500 of each family, the shipped model
-    python benchmarks/reasoner/evaluate.py --beyond    # longer than any it was trained on
+    python -m benchmarks.reasoner.evaluate             # 500 of each family, the shipped model
+    python -m benchmarks.reasoner.evaluate --beyond    # longer than any it was trained on
 
 Problems follow from a seed that training never uses. A line of JSON per problem goes to --output;
 the command goes on where that file stopped.
@@ -9,20 +9,16 @@ the command goes on where that file stopped.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from chains import draw
-from results import wilson
-
+from benchmarks.common.results import wilson
+from benchmarks.quality.chains import draw
 from lethe_mini import Engine
-from lethe_mini.tasks import BEYOND, FAMILIES, TRAINED, check
+from lethe_mini.reasoner.problems import BEYOND, FAMILIES, TRAINED, check
 
 
 def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: bool = False):

@@ -1,9 +1,9 @@
 """Trains the small reasoner that ships in lethe_mini/reasoner, and writes it there.
 
-    python benchmarks/reasoner/train.py --run FOLDER          # goes on where the folder stopped
-    python benchmarks/reasoner/train.py --run FOLDER --steps 6400 --decay 1800 --peak 0.5 \\
+    python -m benchmarks.reasoner.train --run FOLDER          # goes on where the folder stopped
+    python -m benchmarks.reasoner.train --run FOLDER --steps 6400 --decay 1800 --peak 0.5 \\
         --least 400 --weights 2 0.7 1
-    python benchmarks/reasoner/train.py --run FOLDER --export lethe_mini/reasoner
+    python -m benchmarks.reasoner.train --run FOLDER --export lethe_mini/reasoner
 
 The first command learns; the second goes on with long texts alone, and more of the hardest kind.
 
@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -31,12 +30,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from lethe_mini import model as model_module
-from lethe_mini.config import ModelConfig
+from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.model import Transformer
-from lethe_mini.tasks import FAMILIES, REGISTERS, ROOMS, WORDS, problem
+from lethe_mini.reasoner.problems import FAMILIES, REGISTERS, ROOMS, WORDS, problem
 
 END = "<eos>"
 IGNORED = -100
@@ -147,7 +144,7 @@ def build(seed: int) -> Transformer:
     most of their training on finding both at once, by chance. Here both are there, roughly.
     """
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_dict(CONFIG))
+    model = Transformer(parse_config(CONFIG))
     model.init_rope("cpu")
     for name, weight in model.named_parameters():
         if name.endswith("bias"):

@@ -1,0 +1,453 @@
+"""What a policy's choice is worth: the same text read, the same number of tokens kept.
+
+    python -m benchmarks.quality.run reason [--split choose|report] [--budget 10% ...] [--quick]
+    python -m benchmarks.quality.run prose  [--split choose|report] [--budget 128 10% ...] [--quick]
+    python -m benchmarks.quality.run needle [--split choose|report] [--budget 128 10% ...] [--quick]
+
+`reason`: the reasoner solves problems; how often it is right, how long its chains are, how often
+they loop (a line stands there three times, or the text ends in three copies of the same words) or
+are cut off (at `--room` times the right length). With `--read` it is given the right chains, and
+the likeliest next token is looked at: faster, and equal, for a chain is unique (chains.py).
+`prose`: nats per token on Python's own help texts, teacher-forced, and agreement with the full
+cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the full
+cache's distribution. `needle`: a fact stated once in prose, asked for after more prose; how likely
+the answer is, and how often it would be written greedily.
+
+Texts for choosing (a default, a parameter) and for reporting have no paragraph in common, problems
+no seed. Every policy has the same prompt, interval and sinks; the share of recent tokens is its
+own. Budgets are tokens per layer, or a percentage of the text (reason.py says of which). What is
+kept is measured: a choice with a breakpoint may keep less than its budget, and then its budget is
+raised until what it keeps is within 2 % of the others. Intervals are 95 %, by bootstrap over blocks
+of text (or over questions; of a share of problems Wilson's); gaps are paired, block by block. With
+--lines FILE a run that was interrupted goes on where it was, and files of several runs, one behind
+the other, are as one run's: so two cores take two families at once. Memory of `prose`, beside the
+model's: the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.common.results import Lines, mean_with_interval, write_json
+from benchmarks.memory.batches import hardware
+from benchmarks.quality import reason
+from benchmarks.quality.choices import (
+    BUDGETS,
+    CHOICES,
+    Cell,
+    at_equal_budget,
+    budget_text,
+    digest,
+    markdown,
+    tokens_of,
+    weights_of,
+)
+from benchmarks.quality.reading import SPLITS, Reader, stretches, token_stream
+from lethe_mini import Engine
+from lethe_mini.errors import UserError
+from lethe_mini.policies import POLICIES
+from lethe_mini.policy import FullKV, Policy
+
+
+def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
+    """Every choice at every budget, unprotected and protected; the full cache once, first."""
+    cells = [Cell("full", "", False, FullKV())]
+    for budget in args.budget:
+        for protect in {"no": [False], "yes": [True], "both": [False, True]}[args.protect]:
+            for choice in args.choice:
+                make, changes = CHOICES[choice]
+                common = {"interval": args.interval, "sinks": args.sinks, "protect_prompt": protect}
+                cell = Cell(choice, budget, protect, None)
+                try:
+                    tokens = tokens_of(budget, length)
+                    policy = make(budget=tokens, **common, **changes)
+                    policy.check(args.prompt)
+                    cell.policy = policy
+                except UserError as error:
+                    cell.why = str(error).partition(";")[0]
+                cells.append(cell)
+    return cells
+
+
+class Bench:
+    """Runs what is not in the lines yet; cell by cell within a text, the full cache first."""
+
+    def __init__(self, engine: Engine, lines: Lines, prompt: int):
+        self.engine, self.lines, self.prompt = engine, lines, prompt
+        self.weights = weights_of(engine.name)
+        self.nominal: dict[str, int] = {}  # per policy, where the last text's budget ended
+
+    def key(self, cell: Cell, **facts) -> dict:
+        """All that a result depends on, but for where the search for an equal budget began."""
+        engine = self.engine
+        dtype = str(engine.dtype).removeprefix("torch.")
+        run = {"weights": self.weights, "dtype": dtype, "device": engine.device.type}
+        return {**run, "prompt": self.prompt, "policy": cell.facts(), **facts}
+
+    def result(self, cell: Cell, read: Callable[[Policy], dict], **facts) -> dict:
+        """The cell's result for one text, from the lines or by reading it."""
+        policy = json.dumps(cell.facts())
+        key = self.key(cell, **facts)
+        result = self.lines.get(key)
+        if result is None:
+            start = self.nominal.get(policy)
+            result = self.lines.put(key, at_equal_budget(cell.policy, start, read))
+        self.nominal[policy] = result["nominal"]
+        return result
+
+    def results(self, cells: list[Cell], readings: Iterable, count: int) -> list[list[dict]]:
+        """For every cell the results of all `count` texts; none for a cell that cannot be.
+
+        readings: for every text, what reads it under a policy, and the facts that name it.
+        """
+        able = [cell for cell in cells if cell.policy is not None]
+        found: list[list[dict]] = [[] for _ in cells]
+        with tqdm(total=len(able) * count, unit="reading", disable=None) as bar:
+            for read, facts in readings:
+                for cell, results in zip(cells, found, strict=True):
+                    if cell.policy is not None:
+                        results.append(self.result(cell, read, **facts))
+                        bar.update()
+        return found
+
+
+def rows_of(cells: list[Cell], found: list[list[dict]]) -> list[dict]:
+    """What every row says of its cell: the choice, and the tokens kept, allowed and asked for, as
+    means over texts; or why it cannot be."""
+    rows = []
+    for cell, results in zip(cells, found, strict=True):
+        row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
+        if cell.policy is None:
+            row["error"] = cell.why
+        else:
+            row["policy"] = cell.facts()
+            for name in ("kept", "allowed", "nominal"):
+                row[name] = sum(one[name] or 0 for one in results) / len(results)
+        rows.append(row)
+    return rows
+
+
+# -- prose -----------------------------------------------------------------------------------------
+
+
+class Prose:
+    """One stretch of text. Of its ids the last is only predicted."""
+
+    def __init__(self, bench: Bench, ids: list[int], block: int):
+        self.bench, self.ids, self.block = bench, ids, block
+        self.full: torch.Tensor | None = None  # log-probabilities (T, vocab), once needed
+
+    def log_probs(self, reader: Reader) -> Iterable[torch.Tensor]:
+        """Of what follows every token behind the prompt, in chunks (T, vocab)."""
+        prompt = self.bench.prompt
+        for _ in reader.read(self.ids[:prompt], last_only=True):
+            pass
+        for logits in reader.read(self.ids[prompt:-1]):
+            yield logits.log_softmax(dim=-1)
+
+    @torch.inference_mode()
+    def read(self, policy: Policy) -> dict:
+        """Sums over blocks of `block` tokens: nats, KL from the full cache in nats, agreements."""
+        bench = self.bench
+        if self.full is None:
+            full = self.log_probs(Reader(bench.engine, FullKV(), bench.prompt))
+            self.full = torch.cat(list(full))
+        reader, done = Reader(bench.engine, policy, bench.prompt), 0
+        targets = torch.tensor(self.ids[bench.prompt + 1 :], device=self.full.device)
+        columns: dict[str, list[torch.Tensor]] = {"nats": [], "kl": [], "agree": []}
+        for ours in self.log_probs(reader):
+            theirs = self.full[done : done + len(ours)]
+            right = targets[done : done + len(ours), None]
+            columns["nats"].append(-ours.gather(-1, right)[:, 0])
+            columns["kl"].append((theirs.exp() * (theirs - ours)).sum(-1))
+            columns["agree"].append((ours.argmax(-1) == theirs.argmax(-1)).float())
+            done += len(ours)
+        blocks = {name: torch.cat(parts).split(self.block) for name, parts in columns.items()}
+        sums = {name: [part.sum().item() for part in parts] for name, parts in blocks.items()}
+        counts = [len(part) for part in blocks["nats"]]
+        return {**sums, "tokens": counts, "rounds": reader.rounds}
+
+
+def prose_readings(
+    bench: Bench, texts: list[list[int]], block: int, read: type[Prose] = Prose
+) -> Iterable:
+    """For Bench.results. One after the other: a text holds the full cache's log-probabilities."""
+    for ids in texts:
+        facts = {"task": read.__name__.lower(), "text": digest(ids), "block": block}
+        yield read(bench, ids, block).read, facts
+
+
+def run_prose(
+    bench: Bench,
+    cells: list[Cell],
+    texts: list[list[int]],
+    block: int,
+    rival: str = "random",
+    read: type[Prose] = Prose,
+) -> list[dict]:
+    """A row per cell: figures with their intervals; `over_rival` is against that choice under the
+    same condition."""
+    found = bench.results(cells, prose_readings(bench, texts, block, read), len(texts))
+    joined = [
+        {name: [x for one in ones for x in one[name]] for name in ("nats", "kl", "agree", "tokens")}
+        for ones in found
+    ]
+    rows = rows_of(cells, found)
+    for cell, row, mine in zip(cells, rows, joined, strict=True):
+        if cell.policy is None:
+            continue
+        for name in ("nats", "kl", "agree"):
+            row[name] = mean_with_interval(mine[name], mine["tokens"])
+        row["gap"] = difference(mine, joined[0], "nats")
+        condition = (cell.budget, cell.protect)
+        rivals = [
+            theirs
+            for other, theirs in zip(cells, joined, strict=True)
+            if other.choice == rival and (other.budget, other.protect) == condition
+        ]
+        row["over_rival"] = difference(mine, rivals[0], "nats") if rivals else None
+    return rows
+
+
+def difference(mine: dict, theirs: dict, name: str) -> list[float]:
+    """[mean, low, high] of mine less theirs, paired block by block."""
+    less = [a - b for a, b in zip(mine[name], theirs[name], strict=True)]
+    return mean_with_interval(less, mine["tokens"])
+
+
+# -- needle ----------------------------------------------------------------------------------------
+
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "grey", "brown", "purple", "orange"]
+THINGS = [
+    "lighthouse",
+    "harbour",
+    "castle",
+    "bridge",
+    "garden",
+    "market",
+    "library",
+    "station",
+    "tower",
+    "mill",
+]
+
+
+@dataclass
+class Needle:
+    """ids: prose with the fact in it, and the question; answer: what should follow."""
+
+    ids: list[int]
+    answer: list[int]
+    haystack: int  # tokens that the fact is somewhere in
+    distance: int  # tokens from the fact's end to the answer
+
+
+def make_needle(
+    engine: Engine, prose: list[int], haystack: int, later: int, prompt: int, rng: random.Random
+) -> Needle:
+    """A fact somewhere in `haystack` tokens of prose but behind the prompt, `later` tokens more,
+    and the question."""
+    name = f"{rng.choice(COLOURS)} {rng.choice(THINGS)}"
+    number = rng.randrange(1000, 10000)
+
+    def encode(text: str) -> list[int]:
+        return engine.text.encode(text, add_special_tokens=False)
+
+    fact = encode(f"\n\nThe secret number of the {name} is {number}.\n\n")
+    question = encode(f"\n\nThe secret number of the {name} is")
+    length = haystack - len(fact) + later
+    first = rng.randrange(len(prose) - length + 1)
+    prose = prose[first : first + length]
+    place = rng.randint(prompt, haystack - len(fact))
+    ids = prose[:place] + fact + prose[place:] + question
+    return Needle(ids, encode(f" {number}"), haystack, len(ids) - place - len(fact))
+
+
+class Recall:
+    """One needle, looked for."""
+
+    def __init__(self, bench: Bench, needle: Needle):
+        self.bench, self.needle = bench, needle
+
+    @torch.inference_mode()
+    def read(self, policy: Policy) -> dict:
+        """The answer's probability, and whether it is what greedy decoding writes."""
+        bench, needle = self.bench, self.needle
+        reader = Reader(bench.engine, policy, bench.prompt)
+        *_, last = reader.read(needle.ids, last_only=True)
+        # The answer's last token predicts nothing. As long as all are the likeliest, what is forced
+        # is what would have been written.
+        logits = torch.cat([last[-1:], *reader.read(needle.answer[:-1])]).log_softmax(dim=-1)
+        right = torch.tensor(needle.answer, device=logits.device)
+        log_prob = logits.gather(-1, right[:, None]).sum()
+        match = bool((logits.argmax(-1) == right).all())
+        return {"probability": log_prob.exp().item(), "match": match, "rounds": reader.rounds}
+
+
+def run_needle(bench: Bench, cells: list[Cell], needles: list[Needle]) -> list[dict]:
+    """A row per cell: recall with its interval, over the needles."""
+    readings = (
+        (
+            Recall(bench, needle).read,
+            {"task": "needle", "text": digest(needle.ids), "answer": needle.answer},
+        )
+        for needle in needles
+    )
+    found = bench.results(cells, readings, len(needles))
+    rows, ones = rows_of(cells, found), [1] * len(needles)
+    for cell, row, mine in zip(cells, rows, found, strict=True):
+        if cell.policy is None:
+            continue
+        for name in ("match", "probability"):
+            values = [float(one[name]) for one in mine]
+            less = [x - float(full[name]) for x, full in zip(values, found[0], strict=True)]
+            row[name] = mean_with_interval(values, ones)
+            row[f"{name}_less_full"] = mean_with_interval(less, ones)
+    return rows
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+HEADS = {
+    "prose": {
+        "nats": "nats/token",
+        "gap": "over full",
+        "over_rival": "over rival",
+        "agree": "same top-1",
+        "kl": "KL",
+    },
+    "needle": {
+        "match": "recall",
+        "match_less_full": "less full's",
+        "probability": "probability",
+        "probability_less_full": "less full's",
+    },
+}
+
+
+def table(task: str, rows: list[dict]) -> str:
+    """Markdown; what is measured is a mean and its interval."""
+    return markdown(rows, HEADS[task], lambda row: f"{row['kept']:.0f}")
+
+
+QUICK = {  # a few minutes on two cores, all in all
+    "prose": {"texts": 1, "tokens": 640, "budget": ["25%"]},
+    "needle": {"needles": 4, "haystack": [500], "budget": ["25%"]},
+    "reason": {"problems": 10, "budget": ["25%"]},
+}
+QUICK_CHOICES = ["random", "streaming", "lethe"]
+
+
+def shared(parser: argparse.ArgumentParser, model: str, interval: int, choices: list[str]) -> None:
+    """What all tasks are asked."""
+    add = parser.add_argument
+    add("--model", default=model, help="default: %(default)s")
+    add("--device", default="auto", help="default: %(default)s")
+    add("--dtype", default="float32", help="default: %(default)s")
+    add("--split", choices=SPLITS, default="report", help="which half of the texts")
+    add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
+    every = [name for name in CHOICES if name != "full"]
+    add("--choice", nargs="+", default=choices, choices=every, metavar="NAME",
+        help=f"of {', '.join(every)}; default: {', '.join(choices)}")  # fmt: skip
+    add("--budget", nargs="+", type=budget_text, default=BUDGETS, help="default: %(default)s")
+    add("--protect", choices=["no", "yes", "both"], default="both", help="keep the whole prompt?")
+    add("--interval", type=int, default=interval, help="tokens between rounds (%(default)s)")
+    add("--sinks", type=int, default=4, help="default: %(default)s")
+    add("--lines", type=Path, help="JSON Lines file to write to, and to go on with")
+    add("--json", type=Path, help="also write the figures, with every setting, to this file")
+    add("--quick", action="store_true", help="few choices and texts: minutes")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    tasks = parser.add_subparsers(dest="task", required=True)
+    choices = [name for name in CHOICES if name != "full"]
+    solve = tasks.add_parser("reason", help="problems solved by a chain of thought")
+    shared(solve, "reasoner", 16, [name for name in choices if name in {*POLICIES, "paper"}])
+    reason.add_problems(solve)
+    add = solve.add_argument
+    add("--room", type=float, default=1.2, help="most tokens, of a right chain's (%(default)s)")
+    add("--read", action="store_true", help="read right chains, do not write")
+    add("--until-wrong", action="store_true", help="with --read: leave a chain at its first error")
+    prose = tasks.add_parser("prose", help="nats per token, agreement")
+    shared(prose, "demo", 128, choices)
+    add = prose.add_argument
+    add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
+    add("--texts", type=int, default=10, help="default: %(default)s")
+    add("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
+    add("--rival", default="random", choices=choices, help="whom to compare with (%(default)s)")
+    add("--block", type=int, default=128, help="tokens that are drawn together (%(default)s)")
+    needle = tasks.add_parser("needle", help="recall of a fact")
+    shared(needle, "demo", 128, choices)
+    add = needle.add_argument
+    add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
+    add("--needles", type=int, default=100, help="of each length (default: 100)")
+    add("--haystack", type=int, nargs="+", default=[500, 1000, 2000, 4000])
+    add("--later", type=int, default=500, help="tokens read after the haystack")
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(QUICK[args.task], choice=QUICK_CHOICES)
+    if args.task == "reason":
+        if args.until_wrong and not args.read:
+            parser.error("--until-wrong is a way to --read")
+        return args
+    shortest = args.tokens if args.task == "prose" else min(args.haystack)
+    if not 0 < args.prompt <= shortest - 64:
+        parser.error(f"--prompt should be from 1 to {shortest - 64}, not {args.prompt}")
+    return args
+
+
+def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
+    """The rows of a task; for needles, those of one haystack after the other."""
+    if args.task == "reason":
+        return reason.run(engine, args)
+    bench = Bench(engine, Lines(args.lines), args.prompt)
+    if args.task == "prose":
+        texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
+        return run_prose(bench, make_cells(args, args.tokens), texts, args.block, args.rival)
+    prose, rows = token_stream(engine, args.split, args.seed), []
+    for haystack in args.haystack:
+        needles = [
+            make_needle(
+                engine,
+                prose,
+                haystack,
+                args.later,
+                args.prompt,
+                random.Random(f"{args.split}-{args.seed}-{haystack}-{number}"),
+            )
+            for number in range(args.needles)
+        ]
+        cells = make_cells(args, haystack + args.later)
+        rows += [row | {"haystack": haystack} for row in run_needle(bench, cells, needles)]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    try:
+        engine = Engine.from_pretrained(args.model, args.device, args.dtype)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    rows = run(engine, args)
+    print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
+    if args.task == "reason":
+        reason.show_tables(rows)
+    elif args.task == "prose":
+        print(table(args.task, rows), "\n")
+    for haystack in args.haystack if args.task == "needle" else []:
+        mine = [row for row in rows if row["haystack"] == haystack]
+        print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
+        print(table(args.task, mine), "\n")
+    write_json(args.json, args, {"hardware": hardware(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""config.json to a ModelConfig: every value is checked, for nothing in a checkpoint is trusted.
+
+Two architectures are known, `LlamaForCausalLM` and `Qwen2ForCausalLM`, and three kinds of RoPE.
+Whatever would need other mathematics is refused by name, so that no model is ever run wrongly. Both
+spellings of RoPE are read: `rope_theta` with `rope_scaling` (checkpoints up to 2025), and
+`rope_parameters` (written by transformers 5).
+"""
+
+import json
+from pathlib import Path
+
+from ..config import ModelConfig
+from ..errors import UserError
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # and the numbers they need
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds. Raises UserError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: a model folder needs {path.name}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads `folder/config.json`. Raises UserError for what cannot be run as it stands."""
+    path = Path(folder) / "config.json"
+    return parse_config(read_json(path), where=str(path))
+
+
+def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
+    """data: a parsed config.json; where: its name in errors. Raises UserError."""
+
+    def refuse(condition, message: str) -> None:
+        if condition:
+            raise UserError(f"{where}: {message}")
+
+    def number(key, kind=int, default=None, source=data):
+        value = default if source.get(key) is None else source[key]
+        refuse(value is None, f"the key {key!r} is missing")
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        limit = 1e38 if kind is float else 2**31  # what float32 and PyTorch's sizes can hold
+        fits = fits and 0 < value < limit
+        refuse(not fits, f"{key} should be a positive number, not {value!r}")
+        return kind(value)
+
+    def flag(key) -> bool:
+        value = False if data.get(key) is None else data[key]
+        refuse(not isinstance(value, bool), f"{key} should be true or false, not {value!r}")
+        return value
+
+    names = data.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    known = f"lethe-mini runs {' and '.join(ARCHITECTURES)}"
+    refuse(name not in ARCHITECTURES, f"architecture {name!r} is not supported; {known}")
+    quantized = data.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    instead = "take the unquantized one, or a GGUF with python -m lethe_mini.convert_gguf"
+    refuse(quantized, f"a quantized checkpoint ({method!r}) is not supported; {instead}")
+    refuse(_has_window(data), "sliding-window attention is not supported")
+    act = data.get("hidden_act")
+    refuse(act not in (None, "silu", "swish"), f"hidden_act {act!r} is not supported; only silu")
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    kv_heads = number("num_key_value_heads", default=heads)
+    uneven = f"num_attention_heads ({heads}) is not divisible by"
+    refuse(heads % kv_heads, f"{uneven} num_key_value_heads ({kv_heads})")
+    uneven = f"hidden_size ({hidden}) is not divisible by num_attention_heads ({heads})"
+    refuse(data.get("head_dim") is None and hidden % heads, f"{uneven}; head_dim is not given")
+    head_dim = number("head_dim", default=max(1, hidden // heads))
+    refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
+
+    # transformers 5 keeps everything about RoPE in one dictionary; before, theta stood beside.
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    refuse(not isinstance(rope, dict), f"rope_parameters should be an object, not {rope!r}")
+    partial = any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope))
+    refuse(partial, "partial_rotary_factor is not supported; only 1.0")
+    per_layer = any(isinstance(value, dict) for value in rope.values())
+    refuse(per_layer, "RoPE that differs between layers is not supported")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    strange = not isinstance(kind, str) or kind not in ROPE_TYPES
+    refuse(strange, f"RoPE type {kind!r} is not supported; only {', '.join(ROPE_TYPES)}")
+    scaling = {key: number(key, float, source=rope) for key in ROPE_TYPES[kind]}
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    refuse(high <= low, "high_freq_factor should be above low_freq_factor")
+    theta_beside = data if rope.get("rope_theta") is None else rope
+
+    qwen2 = name == "Qwen2ForCausalLM"
+    dtype = data.get("dtype") or data.get("torch_dtype")
+    return ModelConfig(
+        architecture=name,
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=number("max_position_embeddings", default=2048),
+        rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
+        rope_theta=number("rope_theta", float, default=10000.0, source=theta_beside),
+        rope_type=kind,
+        rope_scaling=scaling,
+        tie_word_embeddings=flag("tie_word_embeddings"),
+        qkv_bias=qwen2 or flag("attention_bias"),
+        o_bias=not qwen2 and flag("attention_bias"),
+        mlp_bias=not qwen2 and flag("mlp_bias"),
+        dtype=dtype if dtype in DTYPES else "float32",
+    )
+
+
+def _has_window(data: dict) -> bool:
+    """Does a sliding window reach any layer? `layer_types`, where given, has the last word; else
+    Qwen2's window starts at layer max_window_layers. Defaults are those of transformers."""
+    kinds = data.get("layer_types")
+    if kinds:
+        return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
+    reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    window = data.get("use_sliding_window") and data.get("sliding_window", 4096)
+    return bool(window) and not reaches_none

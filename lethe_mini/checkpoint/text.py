@@ -1,0 +1,210 @@
+"""Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text.
+
+A chat template is a program that came with a checkpoint, so it runs in Jinja's immutable sandbox
+and whatever it does wrong becomes one `UserError`. Text streams in whole characters: what a token
+leaves unfinished waits, and the pieces add up to `decode` of all ids. `tokenizers.DecodeStream`
+promises the same, but raises or loses text when byte-fallback tokens make no valid UTF-8.
+"""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from ..errors import UserError
+from .config import read_json
+
+
+class Text:
+    """The tokenizer, the chat template and the end-of-text ids of one model folder."""
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: a model folder needs tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the bindings raise nothing narrower
+            raise UserError(f"{path} is no tokenizer ({_line(error)}); fetch it again") from None
+        # Some files carry the settings of their training run: a prompt is never cut or filled up.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+        settings, config, generation = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+        )
+        # bos_token and eos_token as the template gets them; one that is null stays undefined
+        self._specials = {}
+        for name in ("bos_token", "eos_token"):
+            value = settings.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                self._specials[name] = value
+        self._template = _chat_template(folder, settings)
+        self.has_template = self._template is not None
+        self.eos_ids = self._find_eos(folder, config, generation)
+
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._skipped = frozenset(id for id, token in added.items() if token.special)
+        # `<0x41>` stands for the byte 0x41 only if the decoder says so: Llama 2's does, Qwen's not
+        decoder = self._tokenizer.decoder
+        vocab = self._tokenizer.get_vocab()
+        falls_back = decoder is not None and decoder.decode(["<0x41>"]) == "A"
+        self._bytes = frozenset(
+            id for token, id in vocab.items() if falls_back and re.fullmatch("<0x..>", token)
+        )
+
+    def _find_eos(self, folder: Path, config: dict, generation: dict) -> frozenset[int]:
+        ids = set()
+        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(id) is not int for id in values):
+                raise UserError(
+                    f"{folder}: eos_token_id should be a number or a list, not {value!r}"
+                )
+            ids.update(values)
+        fallback = self._tokenizer.token_to_id(self._specials.get("eos_token", ""))
+        return frozenset(ids) if ids or fallback is None else frozenset({fallback})
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not valid Unicode; save it as UTF-8") from None
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def chat(self, messages: list[dict]) -> str:
+        """`messages`, each with role and content, as the model was trained to see them."""
+        if self._template is None:
+            raise UserError("this model has no chat template; use --raw, without a system text")
+        try:
+            template = _environment().from_string(self._template)
+            context = {"add_generation_prompt": True, "tools": None, "documents": None}
+            return template.render(messages=messages, **context, **self._specials)
+        except Exception as error:  # a template can raise anything that Python can
+            raise UserError(
+                f"the chat template failed ({type(error).__name__}: {_line(error)}); use --raw"
+            ) from None
+
+    def encode_prompt(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
+        """The ids of a prompt, through the chat template unless `raw` or the model has none."""
+        if raw or not self.has_template:
+            if system is not None:
+                why = "--raw leaves it out" if raw else "this model has none"
+                raise UserError(
+                    f"a system text needs a chat template, and {why}; drop the system text"
+                )
+            ids = self.encode(prompt)
+        else:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": prompt})
+            # The template writes the special tokens itself; a second BOS would harm.
+            ids = self.encode(self.chat(messages), add_special_tokens=False)
+        if not ids:
+            raise UserError("the prompt is empty; give it some text")
+        return ids
+
+    def stream(self) -> "Stream":
+        return Stream(self)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """What each token adds to the text; special ones by name. A character that several make
+        belongs to the last of them."""
+        stream, name = self.stream(), self._tokenizer.id_to_token
+        pieces = [name(id) if id in self._skipped else stream.push(id) for id in ids]
+        return [*pieces[:-1], pieces[-1] + stream.flush()]
+
+
+class Stream:
+    """Ids in, whole characters out, each as soon as nothing that follows can change it.
+
+    Only a window of ids is decoded again with every token. Its first tokens are context: there a
+    decoder strips a leading space, and so what counts is the text that a token adds behind them.
+    """
+
+    KEEP, TRIM = 8, 32  # ids of context, at least 4 bytes in all decoders; window that is cut
+
+    def __init__(self, text: Text):
+        self._text = text
+        self._ids: list[int] = []
+        self._sent = ""  # what of the window's text has been given out
+
+    def push(self, id: int) -> str:
+        """The characters that `id` completes, often none."""
+        text = self._text
+        if id in text._skipped or text._tokenizer.id_to_token(id) is None:
+            return ""
+        self._ids.append(id)
+        # A run of byte-fallback tokens is decoded as a whole: a bad byte at its end turns all of
+        # it into U+FFFD, so nothing of it is certain before it ends.
+        return "" if id in text._bytes else self._advance()
+
+    def flush(self) -> str:
+        """What still waits, with U+FFFD for bytes that never became a character."""
+        decoded = self._text.decode(self._ids)
+        rest = decoded[len(self._sent) :]
+        self._ids, self._sent = [], ""
+        return rest
+
+    def _advance(self) -> str:
+        stable = self._stable()
+        new, self._sent = stable[len(self._sent) :], stable
+        if len(self._ids) > self.TRIM:
+            self._ids = self._ids[-self.KEEP :]
+            self._sent = self._stable()
+        return new
+
+    def _stable(self) -> str:
+        """The window's text, less an unfinished character: that shows as one U+FFFD at the end."""
+        decoded = self._text.decode(self._ids)
+        return decoded[:-1] if decoded.endswith("\ufffd") else decoded
+
+
+def _chat_template(folder: Path, settings: dict) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({_line(error)}); fetch it again") from None
+    template = settings.get("chat_template")
+    if isinstance(
+        template, list
+    ):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder}: chat_template in tokenizer_config.json should be a string")
+    return template
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What templates on the hub expect: the names and whitespace rules of transformers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, **options):  # Jinja's own escapes for HTML, which would change the prompt
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

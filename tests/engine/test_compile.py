@@ -1,0 +1,82 @@
+"""torch.compile is opt-in and changes nothing but rounding: eager is the reference."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from lethe_mini import Engine, FullKV, Lethe
+from lethe_mini.policies import SnapKV
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Graphs and their count, from nothing to nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def both(**changes):
+    """The same random model, eager and compiled."""
+    pair = Engine(tiny.model(**changes)), Engine(tiny.model(**changes))
+    pair[1].model.compile()
+    return pair
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 6}])
+def test_compiled_equals_eager_and_compiles_a_handful(changes):
+    """Same tokens and kept counts, alone and in ragged batches of several sizes, with grouped heads
+    and without; and few graphs, none of them in a second run of the same kind."""
+    pair = both(**changes)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], list(range(1, 18)), [7]]
+    cases = (
+        (prompts[:1], FullKV(), 150),
+        (prompts[:1], Lethe(budget=48, interval=32), 200),
+        (prompts[:2], Lethe(budget=48, interval=32), 100),
+        (prompts, Lethe(budget=48, interval=32, granularity="head"), 70),
+        (prompts[:2], SnapKV(budget=40, window=8, protect_prompt=False), 70),
+    )
+
+    def run():
+        for which, policy, length in cases:
+            results = [e.generate(which, policy, max_new_tokens=length) for e in pair]
+            mine, its = ([one.token_ids for one in result.sequences] for result in results)
+            assert mine == its
+            assert len({str(result.stats.kv_tokens_final) for result in results}) == 1
+
+    run()
+    first = graphs()
+    assert 0 < first <= 8  # one sequence or more; scores or none; and a size that met another
+    run()
+    assert graphs() == first
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_growing_cache_compiles_a_handful():
+    """From 10 to 4,000 slots, and up and down with rounds: the number of graphs stays."""
+    _, compiled = both(num_hidden_layers=1)
+    prompt = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
+    compiled.generate(prompt, FullKV(), max_new_tokens=4000, ignore_eos=True)
+    assert 0 < graphs() <= 2
+    stats = compiled.generate(prompt, Lethe(budget=100), max_new_tokens=4000).stats
+    assert stats.rounds > 10
+    assert graphs() <= 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiling_is_told_apart_from_decoding():
+    """The first run says how long it took, a second that it took nothing."""
+    _, compiled = both()
+    first, second = (compiled.generate([[1, 2, 3]], max_new_tokens=5).stats for _ in range(2))
+    assert first.compile_seconds > first.decode_seconds > 0
+    assert second.compile_seconds == 0
