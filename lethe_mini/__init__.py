@@ -2,17 +2,39 @@
 
 from .engine import Engine
 from .errors import UserError
+from .generation.sampling import Sampling
 from .generation.stats import Generated, Result, Stats
-from .policy import FullKV, Lethe, Policy, Pruner
+from .policies import (
+    H2O,
+    RKV,
+    TOVA,
+    FullKV,
+    Lethe,
+    LethePlus,
+    PyramidKV,
+    RandomKV,
+    SnapKV,
+    StreamingLLM,
+)
+from .policy import Policy, Pruner
 
 __all__ = [
+    "H2O",
+    "RKV",
+    "TOVA",
     "Engine",
     "FullKV",
     "Generated",
     "Lethe",
+    "LethePlus",
     "Policy",
     "Pruner",
+    "PyramidKV",
+    "RandomKV",
     "Result",
+    "Sampling",
+    "SnapKV",
     "Stats",
+    "StreamingLLM",
     "UserError",
 ]

@@ -7,8 +7,10 @@ first round of pruning, so every slot carries its position. Three things always 
 - each layer has its own length for every sequence, and what lies beyond it is zero, never attended;
 - storage moves in blocks of BLOCK slots, and shrinks when a round leaves room.
 
-Policies (policy.py) decide what stays; nothing here knows why.
+Policies (policy.py) decide what stays.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,32 +36,42 @@ def write(store: Store, slots: Tensor, k: Tensor, v: Tensor, positions: Tensor) 
     store["positions"][rows, :, slots] = positions.int()[..., None].expand(-1, -1, heads)
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What a cache notes for a policy, beside keys, values and positions."""
+
+    scored: bool = False  # a score per slot, float32 whatever the model's dtype
+    window: int = 0  # the last queries, so many
+    lag: int = 0  # for LethePlus alone: tokens after which attention to a token counts
+
+
+def _grown(x: Tensor, capacity: int) -> Tensor:
+    """(B, H_kv, S, ...) in new storage of `capacity` slots, zero beyond S."""
+    new = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
+    new[:, :, : x.shape[2]] = x
+    return new
+
+
 class LayerCache:
     """What one layer holds for B sequences.
 
-    scored:   keep a score per slot (float32, whatever the model's dtype), of the mass from queries
-              at least `lag` slots later.
-    window:   also keep the last `window` queries, for policies that look through them at a round.
-    compact:  a key's RoPE angle is that of its slot, not of its position.
+    notes: see Notes. compact: a key's RoPE angle is that of its slot, not of its position.
     """
 
-    def __init__(
-        self, index, config, batch, dtype, device, compact, inv_freq, scored=False, lag=0, window=0
-    ):
-        self.index, self.lag, self.window = index, lag, window
+    def __init__(self, index, config, batch, dtype, device, compact, inv_freq, notes: Notes):
+        self.index, self.notes = index, notes
         self.compact, self.inv_freq = compact, inv_freq
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         empty = torch.zeros(batch, kv_heads, 0, device=device)
         wide = torch.zeros(batch, kv_heads, 0, config.head_dim, device=device, dtype=dtype)
         self.store: Store = {"keys": wide, "values": wide, "positions": empty.int()}
-        if scored:
+        if notes.scored:
             self.store["scores"] = empty
         # (B, H, window, D), newest last; zeros where there are none yet.
-        self.queries = wide.new_zeros(batch, heads, window, config.head_dim)
-        self.thresholds = [0] * batch  # a policy's note per sequence; see Lethe.round
+        self.queries = wide.new_zeros(batch, heads, notes.window, config.head_dim)
+        self.thresholds = [0] * batch  # Algorithm 1's, per sequence; 0: Lethe.evict_threshold
         self._hold([0] * batch)
 
-    scored = property(lambda self: "scores" in self.store)
     keys = property(lambda self: self.store["keys"][:, :, : self.length])
     values = property(lambda self: self.store["values"][:, :, : self.length])
     positions = property(lambda self: self.store["positions"][:, :, : self.length])
@@ -76,16 +88,6 @@ class LayerCache:
         slots = torch.arange(self.length, device=self.filled.device)
         return (slots < self.filled[:, None])[:, None]
 
-    def content(self, rows: list[int]) -> Tensor:
-        """(len(rows), H_kv, capacity, D): these sequences' keys as they were before RoPE. All
-        storage, as while decoding: shapes repeat; beyond a sequence's length it is zero."""
-        slots = torch.arange(self.capacity, device=self.filled.device)
-        keys = self.store["keys"][rows]
-        for row, one in zip(rows, keys, strict=True):  # turned in place, for the memory's sake
-            angles = slots if self.compact else self.store["positions"][row]
-            one.copy_(rotate(one, *rope_cos_sin(-angles, self.inv_freq.float())))
-        return keys
-
     def reserve(self, T: int) -> tuple[Store, Tensor]:
         """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)
         the slots they take. While decoding that is all storage: a new shape at every step would
@@ -100,49 +102,49 @@ class LayerCache:
         return {name: t[:, :, : self.length] for name, t in self.store.items()}, slots
 
     def remember(self, q: Tensor) -> None:
-        """Keeps the last `window` queries; q: (B, H, T, D)."""
-        if self.window:
-            self.queries = torch.cat((self.queries, q), dim=2)[:, :, -self.window :].clone()
+        """Keeps the last queries, as many as the policy wants; q: (B, H, T, D)."""
+        window = self.notes.window
+        if window:
+            self.queries = torch.cat((self.queries, q), dim=2)[:, :, -window:].clone()
 
     def _resize(self, capacity: int) -> None:
         for name, old in self.store.items():
-            self.store[name] = new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
-            new[:, :, : self.length] = old[:, :, : self.length]
+            self.store[name] = _grown(old[:, :, : self.length], capacity)
 
-    def keep(self, indices: Tensor, counts: list[int], rows: list[int] | None = None) -> None:
-        """Keeps of sequence rows[b] (default: b) the first counts[b] slots named in indices[b, h].
+    def evict(self, rows: list[int], kept: list[Tensor]) -> None:
+        """Sequence rows[i] keeps the slots kept[i], the others all; storage shrinks with them.
 
-        indices: (B, H_kv, at least max(counts)) int64, ascending. Every tensor moves, in the same
-        way, into new storage of just as many blocks as needed; in compact mode keys turn to their
-        new slots.
+        kept[i]: (1 or H_kv, n) int64, ascending, each head's own n slots or the same for all heads.
         """
-        rows = list(range(len(counts))) if rows is None else rows
-        n, device = max(counts, default=0), indices.device
-        indices, kept = indices[:, :, :n], torch.arange(n, device=device)
-        beyond = kept >= torch.tensor(counts, device=device)[:, None, None]  # (B, 1, n)
-        row = torch.tensor(rows, device=device).long()
-        head = torch.arange(indices.shape[1], device=device)[:, None]
-        for name, old in self.store.items():
-            moved = old[row[:, None, None], head, indices]
-            if name == "keys" and self.compact:
-                moved = rotate(moved, *rope_cos_sin(kept - indices, self.inv_freq))
-            moved.masked_fill_(beyond[..., None] if old.dim() == 4 else beyond, 0)
-            new = old.new_zeros(*moved.shape[:2], blocks(n), *old.shape[3:])
-            new[:, :, :n] = moved
-            self.store[name] = new
-        before = self.filled[row]
+        B, H_kv = self.store["keys"].shape[:2]
+        slots, counts = torch.arange(self.length, device=self.filled.device), list(self.lengths)
+        indices = slots.repeat(B, H_kv, 1)  # (B, H_kv, S)
+        for row, chosen in zip(rows, kept, strict=True):
+            counts[row] = chosen.shape[1]
+            indices[row, :, : counts[row]] = chosen
+        if counts == self.lengths:
+            return
+        before = self.filled
         self._hold(counts)
-        self.queries = self.queries[row]
-        if self.compact:  # they move with the newest slots
-            shift = (self.filled - before)[:, None, None]
-            self.queries = rotate(self.queries, *rope_cos_sin(shift, self.inv_freq))
-        self.thresholds = [self.thresholds[r] for r in rows]
+        slots, indices = slots[: self.length], indices[:, :, : self.length]  # (n,), (B, H_kv, n)
+        beyond = slots >= self.filled[:, None, None]  # (B, 1, n)
+        row, head = (torch.arange(size, device=slots.device)[:, None] for size in (B, H_kv))
+        for name, old in self.store.items():
+            moved = old[row[..., None], head, indices]  # (B, H_kv, n) or (B, H_kv, n, D)
+            moved.masked_fill_(beyond[..., None] if old.dim() == 4 else beyond, 0)
+            self.store[name] = _grown(moved, blocks(self.length))
+        if self.compact:  # keys turn to their new slots, the queries with the newest
+            self.keys.copy_(rotate(self.keys, *rope_cos_sin(slots - indices, self.inv_freq)))
+            angles = rope_cos_sin((self.filled - before)[:, None, None], self.inv_freq)
+            self.queries = rotate(self.queries, *angles)
 
     def select(self, rows: list[int]) -> None:
         """Keeps these sequences, in this order; one may appear twice, as a fork of itself."""
-        heads = self.store["keys"].shape[1]
-        all_slots = torch.arange(self.length, device=self.filled.device)
-        self.keep(all_slots.expand(len(rows), heads, -1), [self.lengths[r] for r in rows], rows)
+        self._hold([self.lengths[row] for row in rows])
+        for name, old in self.store.items():
+            self.store[name] = _grown(old[rows][:, :, : self.length], blocks(self.length))
+        self.queries = self.queries[rows]
+        self.thresholds = [self.thresholds[row] for row in rows]
 
     def join(self, other: "LayerCache") -> None:
         """Appends the other's sequences behind these; the other is used up."""
@@ -158,21 +160,24 @@ class LayerCache:
 class KVCache:
     """The layers' caches, and what is counted once per sequence.
 
-    config: the model's; compact: keys turn to their slots at every round; notes: see LayerCache.
+    config: the model's; compact: keys turn to their slots at every round; notes: see Notes.
     """
 
-    def __init__(self, config, batch=1, dtype=None, device="cpu", compact=False, **notes):
+    def __init__(
+        self, config, batch=1, dtype=None, device="cpu", compact=False, notes: Notes = Notes()
+    ):
         self.device = torch.device(device)
         # Keys turn again and again, so in float64 where the device has it.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         inv_freq = inverse_frequencies(config).to(self.device, wide)
         self.layers = [
-            LayerCache(index, config, batch, dtype, self.device, compact, inv_freq, **notes)
+            LayerCache(index, config, batch, dtype, self.device, compact, inv_freq, notes)
             for index in range(config.num_hidden_layers)
         ]
         self.seen = [0] * batch  # tokens seen: the next position
         self.prompt = [0] * batch  # of these, tokens of the prompt
 
+    scores = property(lambda self: [layer.store["scores"] for layer in self.layers])
     held = property(lambda self: sum(sum(layer.lengths) for layer in self.layers))  # tokens, in all
 
     def next_angle(self, row: int) -> int:
@@ -180,11 +185,6 @@ class KVCache:
         if not self.layers[0].compact:
             return self.seen[row]
         return max(layer.lengths[row] for layer in self.layers)
-
-    def decay(self, gamma: float) -> None:
-        """The factor of arXiv 2511.06029, eq. 5; once per decoded token, once per prefill."""
-        if gamma != 1:
-            torch._foreach_mul_([layer.store["scores"] for layer in self.layers], gamma)
 
     def select(self, rows: list[int]) -> None:
         """Keeps these sequences, in this order (LayerCache.select)."""

@@ -1,9 +1,9 @@
 """Generation: prefill, then token by token, with rounds of pruning in between.
 
-The engine composes what knows nothing of each other: the model appends to a cache, a policy thins
-it. A batch is many independent requests that happen to share matrix products: every prompt is
-prefilled alone, then joins; a sequence that ends leaves, and its memory with it; the next prompt
-takes its place. What a sequence gets never depends on its neighbours.
+The engine composes what knows nothing of each other: the model appends to a cache, a policy prunes
+it. A batch is many independent requests that share matrix products: every prompt is prefilled
+alone, then joins; a sequence that ends leaves, and its memory with it; the next prompt takes its
+place. A sequence's output does not depend on what else is in the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,22 +13,20 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .checkpoint.load import load
-from .checkpoint.text import Text
+from .errors import UserError
 from .generation.interrupts import held_back_interrupts
-from .generation.requests import check_request, encode_prompts
+from .generation.requests import Request, read_request
 from .generation.roster import Roster
-from .generation.sampling import check_sampling, sample
+from .generation.sampling import Sampling, sample
 from .generation.stats import Generated, Meter, Result
-from .lens.trace import Trace
 from .model import Transformer
 from .policy import FullKV, Policy
 
 
 class Engine:
-    """A model, its text, and `generate`."""
+    """A model, its text (checkpoint/text.py; None: prompts are token ids), and `generate`."""
 
-    def __init__(self, model: Transformer, text: Text | None = None, name: str = ""):
+    def __init__(self, model: Transformer, text=None, name: str = ""):
         self.model, self.text, self.name = model.eval(), text, name
         self.device = model.embed_tokens.weight.device
         self.dtype = model.embed_tokens.weight.dtype
@@ -40,6 +38,9 @@ class Engine:
         """model: a folder, a hub id, "reasoner" or "demo"; compile: decode through torch.compile,
         which takes half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be
         loaded."""
+        from .checkpoint.load import load
+        from .checkpoint.text import Text
+
         folder, transformer = load(model, device, dtype, revision)
         if compile:
             transformer.compile()
@@ -51,10 +52,8 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         policy: Policy | None = None,
         max_new_tokens: int | Sequence[int] = 512,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
+        *,
         num_samples: int = 1,
         batch_size: int | None = None,
         ignore_eos: bool = False,
@@ -66,40 +65,36 @@ class Engine:
         on_token: Callable[[int, int], None] | None = None,
         on_finish: Callable[[int, Generated], None] | None = None,
         on_step: Callable[[KVCache], None] | None = None,
-        trace: Trace | None = None,
+        trace=None,
+        **draws,
     ) -> Result:
         """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
         (one number, or one per prompt).
 
-        policy: FullKV() by default. num_samples: sequences per prompt, which share its prefill; the
-        draws of each come from `seed` and its number alone. batch_size: sequences at once, all by
-        default. positions: "absolute", or "compact", where keys are turned to their slots, so that
-        text may outgrow the model's positions. cache: what `new_cache` gave, and earlier calls
-        filled, of one sequence that the only prompt goes on with. on_token(sequence, token),
-        on_finish(sequence, generated) and on_step(cache) are called as it happens. trace: a new
-        Trace, which then holds what every round dropped. Ctrl-C ends the run and returns what
-        there is.
+        policy: FullKV() by default. sampling: greedy by default; its fields may be given as they
+        are, `temperature=0.7`. num_samples: sequences per prompt, which share its prefill.
+        batch_size: sequences at once, all by default. positions: "absolute", or "compact", where
+        keys are turned to their slots, so that text may outgrow the model's positions. cache: what
+        `new_cache` gave and earlier calls filled; its sequence goes on with the only prompt.
+        on_token(sequence, token), on_finish(sequence, generated) and on_step(cache) are called as
+        it happens. trace: a new lens Trace, which then holds what every round dropped. Ctrl-C ends
+        the run and returns what there is.
         Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
-        check_sampling(temperature, top_k, top_p)
-        sizes = (max_new_tokens, num_samples, batch_size, prefill_chunk)
-        limits = check_request(prompts, *sizes, positions, cache, policy)
-        encoded = encode_prompts(self, prompts, policy, system, raw, cache)
-        counts, told = [len(ids) for ids in encoded], (on_token, on_finish)
-        roster = Roster(counts, limits, num_samples, seed, self.text, ignore_eos, *told)
-        meter = Meter(self, policy, seed, positions, len(roster.sequences), trace)
-        if trace is not None:
-            trace.begin(self, policy, encoded, num_samples, 0 if cache is None else cache.seen[0])
-        # A cache that goes on must not end half way through the layers, however often one presses.
+        if not isinstance(policy, Policy):
+            raise UserError(f"policy should be a policy such as Lethe(), not {policy!r}")
+        sampling = Sampling.of(sampling, draws)
+        request = read_request(
+            self, policy, prompts, max_new_tokens, num_samples, batch_size, prefill_chunk,
+            positions, cache, system, raw,
+        )  # fmt: skip
+        roster = Roster(request, sampling.seed, self.text, ignore_eos, on_token, on_finish)
+        meter = Meter(self, policy, sampling.seed, request, trace)
+        run = _Run(self, policy, sampling, request, roster, meter, on_step)
+        # A resumed cache must not end half way through the layers, however often one presses.
         with held_back_interrupts(hurry=cache is None) as pressed:
-            run = _Run(self, policy, encoded, positions, roster, meter, pressed, cache, on_step)
-            while (roster.live or roster.pending) and not pressed:
-                room = (batch_size or len(roster.sequences)) - len(roster.live)
-                if roster.pending and room:
-                    run.admit(room, prefill_chunk)
-                else:
-                    run.step(temperature, top_k, top_p)
+            run.until_done(pressed)
         if pressed:
             roster.interrupt()
             run.leave([])
@@ -107,8 +102,8 @@ class Engine:
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
-        where = self.model.config, 1, self.dtype, self.device
-        return KVCache(*where, compact=positions == "compact", **policy.notes())
+        model, notes = self.model.config, policy.notes()
+        return KVCache(model, 1, self.dtype, self.device, positions == "compact", notes)
 
 
 @dataclass
@@ -117,32 +112,39 @@ class _Run:
 
     engine: Engine
     policy: Policy
-    prompts: list[list[int]]
-    positions: str
+    sampling: Sampling
+    request: Request
     roster: Roster
     meter: Meter
-    pressed: list  # not empty: the user wants an end
-    resumed: KVCache | None
     on_step: Callable[[KVCache], None] | None
     cache: KVCache | None = None
     logits: Tensor | None = None  # (rows, vocab)
 
-    def admit(self, room: int, chunk: int) -> None:
+    def until_done(self, pressed: list) -> None:
+        """Runs until every sequence has ended, or `pressed` is not empty: the user wants an end."""
+        while (self.roster.live or self.roster.pending) and not pressed:
+            room = self.request.batch_size - len(self.roster.live)
+            if self.roster.pending and room:
+                self.admit(room, pressed)
+            else:
+                self.step()
+
+    def admit(self, room: int, pressed: list) -> None:
         """Reads the next prompt, alone, in chunks; prunes it if that is due; joins it to the batch,
         once for each of its samples that there is room for."""
         self.meter.prefill_begins()
-        ids = self.prompts[self.roster.next_prompt]
-        cache = self.resumed or self.engine.new_cache(self.policy, self.positions)
-        if not cache.seen[0]:
+        ids, chunk = self.request.prompts[self.roster.next_prompt], self.request.chunk
+        cache = self.request.cache or self.engine.new_cache(self.policy, self.request.positions)
+        if cache.seen[0]:
+            self.policy.decay(cache)  # one prefill is one update, however it is chunked
+        else:
             cache.prompt = [len(ids)]
-        elif self.policy.gamma is not None:
-            cache.decay(self.policy.gamma)  # one prefill is one update, however it is chunked
         for first in range(0, len(ids), chunk):
-            if self.pressed:
+            if pressed:
                 return
-            tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
-            logits = self.engine.model(tokens, cache=cache, last_only=True)[:, -1]
-        self._prune(cache, prefilled=True)
+            tokens = torch.tensor([ids[first : first + chunk]], device=self.engine.device)  # (1, T)
+            logits = self.engine.model(tokens, cache=cache, last_only=True)[:, -1]  # (1, vocab)
+        self.prune(cache, prefilled=True)
         samples = self.roster.samples(room)
         if len(samples) > 1:
             cache.select([0] * len(samples))
@@ -155,10 +157,10 @@ class _Run:
         self.roster.enter(samples)
         self.meter.prefill_ends()
 
-    def step(self, temperature: float, top_k: int, top_p: float) -> None:
+    def step(self) -> None:
         """One token for every live sequence; those that end leave; a round where one is due."""
         model, cache = self.engine.model, self.cache
-        tokens = sample(self.logits, self.roster.draws(), temperature, top_k, top_p)
+        tokens = sample(self.logits, self.roster.draws(), self.sampling)  # (B,)
         most = model.config.max_position_embeddings
         full = [cache.next_angle(row) >= most for row in range(len(tokens))]
         rows = self.roster.record(tokens.tolist(), full)
@@ -167,26 +169,27 @@ class _Run:
             tokens = tokens[rows]
         if not rows:
             return
-        if self.policy.gamma is not None:
-            cache.decay(self.policy.gamma)
+        self.policy.decay(cache)
         self.logits = model(tokens[:, None], cache=cache)[:, -1]
         self.meter.step(cache)
-        self._prune(cache)
+        self.prune(cache)
         if self.on_step is not None:
             self.on_step(cache)
+
+    def prune(self, cache: KVCache, prefilled: bool = False) -> None:
+        """A round for the sequences that are due."""
+        due = self.policy.due(cache, prefilled)
+        if any(due):
+            joins = prefilled and self.roster.live  # beside the batch
+            self.meter.round_begins(cache, self.cache if joins else None)
+            done = self.policy.round(cache, due)
+            owners = self.roster.pending if prefilled else self.roster.live
+            self.meter.round_ends(cache, due, owners, done)
 
     def leave(self, rows: list[int]) -> None:
         """All but these rows leave the batch, and their memory with them."""
         if self.roster.live:
             self.meter.ends(self.cache, self.roster, rows)
-            if self.resumed is None:
+            if self.request.cache is None:
                 self.cache.select(rows)
             self.roster.leave(rows)
-
-    def _prune(self, cache: KVCache, prefilled: bool = False) -> None:
-        due = self.policy.due(cache, prefilled)
-        if any(due):
-            self.meter.peak(cache, *[self.cache] if prefilled and self.roster.live else [])
-            owners = self.roster.pending if prefilled else self.roster.live
-            with self.meter.round(cache, due, owners):
-                self.policy.round(cache, due)

@@ -4,6 +4,19 @@ Its message is a single line that says what is wrong and how to mend it; the com
 and exits with code 2. Anything else that escapes is a bug in lethe-mini and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     pass
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Around code that writes a file: an OSError becomes a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,11 +1,11 @@
-"""Matrix products of decoding, at the memory's pace. Nothing but speed: each function equals a
-plain product, and a reader of the algorithm may take it for that.
+"""Matrix products and loops that are quick and need little memory. Nothing else: each function
+equals a plain expression, and a reader of the algorithm may take it for that.
 
 A decoding step reads every weight and every cached key once and computes little with each, so it
-should take no longer than the reading. On a CPU, PyTorch's products reach about half of that for
-few rows. What comes closer depends on its kind: the large factor on the left, or, compiled, loops
-that fuse. A CPU that has no instructions for 16-bit numbers multiplies them many times slower than
-float32; there products convert them, a piece that stays in the CPU's cache at a time.
+should take no longer than reading them. On a CPU, PyTorch's products of few rows take about twice
+that time. Two forms are faster, depending on the CPU: the large factor on the left, or, compiled,
+loops that fuse. A CPU without instructions for 16-bit numbers multiplies them many times slower
+than float32. There, products convert them in pieces that fit the CPU's cache.
 """
 
 import threading
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 FEW = 32  # rows up to which a CPU is quicker with the weight as the left factor
 PIECE = 1 << 20  # numbers of a weight converted at once: 4 MB in float32
+MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
 RUN = 32  # slots; half of what storage grows by
 WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 without such instructions
 # An x86 that has them, but none for whole tiles of a product (AMX).
@@ -71,14 +72,53 @@ def grouped_values(weights: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(weights.to(v.dtype), v)
 
 
+def received_mass(
+    q: Tensor, k: Tensor, mask: Tensor | None, lag: int = 0, weights: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T), summed over T queries and the G heads of a group: the mass each key receives,
+    (B, H_kv, S) float32. Arguments as in attention.attend; weights: (T, 1), what each query counts.
+
+    Queries go in blocks, so memory is linear in S. Every row of the softmax sums to 1, so without a
+    lag the mass of a sequence adds up to H x T.
+    """
+    B, H, T, D = q.shape
+    H_kv, S = k.shape[1:3]
+    mass = torch.zeros(B, H_kv, S, device=q.device)
+    for first in range(0, T, MASS_BLOCK):
+        last = min(first + MASS_BLOCK, T)
+        seen = S if mask is not None else S - T + last
+        rows = q[:, :, first:last].reshape(B, H_kv, -1, D) * D**-0.5  # (B, H_kv, G * t, D)
+        logits = torch.matmul(rows, k[:, :, :seen].mT).float()
+        logits = logits.view(B, H_kv, H // H_kv, -1, seen)  # (B, H_kv, G, t, seen)
+        if mask is None:
+            near = min(seen, last - first + lag)  # slots that some query of the block may not count
+            looks = torch.ones(last - first, near, dtype=torch.bool, device=q.device)
+            looks = looks.tril(near - (last - first))
+        else:
+            near, looks = S, mask[:, :, first:last].unsqueeze(2)
+        logits[..., -near:].masked_fill_(~looks, -torch.inf)
+        shares = logits.softmax(dim=-1)
+        if lag:
+            shares[..., -near:] *= lagged(looks, lag)
+        if weights is not None:
+            shares *= weights[first:last]
+        mass[:, :, :seen] += shares.sum(dim=(2, 3))
+    return mass
+
+
+def lagged(mask: Tensor, lag: int) -> Tensor:
+    """For LethePlus alone. A causal mask (..., S), less the `lag` newest slots each query sees."""
+    return F.pad(mask, (0, lag))[..., lag:]
+
+
 def widened(*tensors: Tensor) -> list[Tensor]:
     """The tensors, in float32 where products should convert them."""
     return [x.float() if widens(x) else x for x in tensors]
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, in memory that the next call uses again: a fresh piece would cost more than
-    the product. Valid until then, in this thread."""
+    """x in float32, in memory that the next call in this thread uses again. Fresh memory would cost
+    more than the product."""
     if len(getattr(_kept, "numbers", ())) < x.numel():
         with torch.inference_mode(False):
             _kept.numbers = torch.empty(x.numel())
@@ -96,8 +136,8 @@ def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fusing(x: Tensor) -> bool:
-    """Compiled on a CPU loops may beat products; which do was measured on three kinds: with tiles,
-    with vectors, and where numbers are converted."""
+    """Whether loops may replace products: compiled, on a CPU. Which loops do was measured on three
+    kinds of CPU: with tiles, with vectors, and without instructions for 16-bit numbers."""
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
@@ -111,8 +151,8 @@ def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _loops(a: Tensor, b: Tensor) -> Tensor:
-    """a b as loops for the compiler to fuse: (B, H_kv, N, K), (B, H_kv, K, M), N small. The
-    quickest for one sequence; two and more want what follows."""
+    """a b as loops for the compiler to fuse: (B, H_kv, N, K), (B, H_kv, K, M), N small. For one
+    sequence; the two functions below are quicker for several."""
     return (_computed(a).float()[..., None] * b.float()[:, :, None]).sum(-2).to(a.dtype)
 
 
@@ -124,8 +164,8 @@ def _logit_loops(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _value_loops(weights: Tensor, v: Tensor) -> Tensor:
-    """`grouped_values` as such loops; float32. Sums over few slots come first, for the loop over
-    slots is the inner one and values have to wait in the CPU's cache for their next column."""
+    """`grouped_values` as such loops; float32. It sums over few slots at a time, so that values
+    stay in the CPU's cache until their next column is read."""
     slots = RUN if v.shape[2] % RUN == 0 else v.shape[2]
     v = v.unflatten(2, (-1, slots)).float()
     groups = _computed(weights).float().unflatten(3, (-1, slots))[..., None].unbind(2)

@@ -1,9 +1,9 @@
 """The transformer of Llama and Qwen2: `model(tokens, positions, cache) -> logits`.
 
 Parameters carry the hub's names (less the leading `model.`), so that the loader has nothing to
-translate. The cache is passed in and is the only thing that remembers; without one the model is a
-pure function of its tokens. The model knows nothing of policies: it appends keys and values to the
-cache, attends over what the cache holds, and reports to it what every key received.
+translate. The cache is passed in and is the only state. The model knows nothing of policies: it
+appends keys and values to the cache, attends over them, and adds what every key received to the
+scores.
 """
 
 import torch
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             store, slots = layer.reserve(T)
             if layer.compact:  # there a token's angle is its slot's
                 cos, sin = rope_cos_sin(slots[:, None], layer.inv_freq)
-            x, q = block(x, cos, sin, positions, store, slots, layer.lag)
+            x, q = block(x, cos, sin, positions, store, slots, layer.notes.lag)
             layer.remember(q)
         if cache is not None:
             cache.seen = [seen + T for seen in cache.seen]

@@ -1,25 +1,23 @@
-"""Which tokens to keep: Lethe (arXiv 2511.06029) as pure functions, and the protocol of policies.
+"""Which tokens to keep: Lethe (arXiv 2511.06029), and the protocol that all policies share.
 
-A round of pruning asks a policy, sequence by sequence: how a total divides over the layers
-(`weights`), how much each token matters (`importance`), how many of them stand out (`salient`), and
-what stays whatever its importance (`always`). The rest is done here, once, with integers:
+A round of pruning asks a policy how a total divides over the layers (`weights`), how much each
+token matters (`importance`), how many tokens stand out (`salient`), and which stay whatever their
+importance (`always`). `Pruner` does the rest, with integers:
 
-    keep = always (protected, recent; Lethe's distinct ones) + the most important of the rest
+    keep = always (protected and recent tokens) + the most important of the rest
 
-Policies are frozen: whatever changes during a run lives in the cache.
+Policies are frozen: what changes during a run lives in the cache. The paper is `Lethe`, at the end.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .budget import pyramid, split_budget
-from .cache import BLOCK, KVCache, LayerCache
-from .kernels import widened
-from .options import check_options, check_room, option
+from .cache import KVCache, LayerCache, Notes
+from .errors import UserError
+from .options import check_options, check_room, option, split_budget
 
 
 def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
@@ -33,24 +31,27 @@ def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
     held = held / held.amax(-1, keepdim=True).clamp(min=1e-30)  # tiny scores must not underflow
     l1, l2 = held.sum(-1), held.square().sum(-1).sqrt()
     root = lengths.float().sqrt()
-    value = (root - l1 / l2.clamp(min=1e-30)) / (root - 1).clamp(min=1e-30)
+    value = (root - l1 / l2.clamp(min=1e-30)) / (root - 1).clamp(min=1e-30)  # eq. 1
     return torch.where((lengths > 1) & (l1 > 0), value.clamp(0, 1), 0.0)
 
 
-def find_breakpoint(ranked: Tensor, segments: int, tau: float, knee: str) -> int | None:
-    """Where the curve of descending scores breaks, or None (arXiv 2511.06029, Algorithm 1).
+def find_breakpoint(ranked: Tensor, segments: int, tau: float, kind: str) -> int | None:
+    """Where the curve of descending scores breaks, or None (arXiv 2511.06029, eq. 3).
 
     ranked: (n,) descending, n at least 1, cut into `segments` equal parts. `global`: the first
     boundary k with ranked[0] / ranked[k] > tau. `segment`: the start of the first part whose own
     first / last <= tau, where the curve has gone flat; if that is the very first part, nothing
     stands out. Comparisons multiply, so zeros need no special care.
     """
+    if kind == "none":
+        return None
     segments = min(segments, len(ranked))  # beyond that the cuts are the same
     cuts = torch.arange(segments + 1, device=ranked.device) * len(ranked) // segments
     starts, ends = ranked[cuts[:-1]], ranked[cuts[1:] - 1]
-    found = starts <= tau * ends if knee == "segment" else ranked[0] > tau * starts
-    if knee == "none":
-        return None
+    if kind == "segment":
+        found = starts <= tau * ends
+    else:
+        found = ranked[0] > tau * starts  # eq. 3
     return int(cuts[int(found.int().argmax())]) or None
 
 
@@ -61,68 +62,59 @@ def rank(importance: Tensor) -> Tensor:
     return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
-    """How well a newer token may stand for each: the highest cosine of its key with a newer one's,
-    among the last `near`, about the mean of all keys; 0 if none is alike.
-
-    keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,).
-    -> (B, H_kv, S), as exact as the keys' dtype, of no meaning beyond the length.
-    """
-    S, block, oldest = keys.shape[2], 2 * BLOCK, lengths - near
-    mean = keys.sum(2, keepdim=True, dtype=torch.float32) / lengths[:, None, None, None]
-    unit = F.normalize(keys - mean, dim=-1)
-    unit = widened(unit.to(keys.dtype))[0]  # 16 bits are for the products alone
-    slots = torch.arange(S, device=keys.device)
-    judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
-    most, start = unit.new_zeros(unit.shape[:3]), max(0, int(oldest.min())) // block * block
-    for first in range(start, S, block):  # so that memory is linear in S
-        last = first + block
-        newer = unit[:, :, first:last] * judges[:, None, first:last, None]
-        cosine = newer @ unit[:, :, :last].mT
-        cosine[..., first:].tril_(-1)  # no token is newer than itself
-        older = most[:, :, :last]
-        older.copy_(older.maximum(cosine.amax(2)))
-    return most
-
-
 def choose(importance: Tensor, always: Tensor, salient: int, share: int) -> Tensor:
     """The slots that a sequence keeps in a layer: (H_kv, n) int64, ascending, n for every head.
 
-    importance, always: (H_kv, S). Those of `always` stay whatever their rank; beyond these, of the
-    `salient` first by rank as many as `share` has room for. n is that of the head which keeps most.
+    importance: (1 or H_kv, S); always: (H_kv, S). Those of `always` stay whatever their rank. Of
+    the `salient` first by rank, as many stay as `share` has room for. The head that keeps most
+    says how many the others keep.
     """
-    order, slots = rank(importance), torch.arange(importance.shape[1], device=importance.device)
-    fixed, least = always.gather(-1, order), always.sum(-1, keepdim=True)
-    wanted = (fixed | (slots < salient)).sum(-1).max()
+    order = rank(importance).expand_as(always)  # (H_kv, S) slots, the most important first
+    stays = always.gather(-1, order)  # (H_kv, S) the same, by rank
+    first = torch.arange(order.shape[1], device=order.device) < salient  # (S,) by rank
+    least = always.sum(-1, keepdim=True)  # (H_kv, 1)
+    wanted = (stays | first).sum(-1).max()
     n = wanted.clamp(max=share).maximum(least.max())
-    chosen = fixed | ((~fixed).cumsum(-1) <= n - least)
-    return always.scatter(-1, order, chosen).nonzero()[:, 1].view(len(order), int(n))
+    others = (~stays).cumsum(-1)  # (H_kv, S) 1 for the best of those that need not stay
+    chosen = stays | (others <= n - least)  # eq. 4; (H_kv, S) by rank, n in every head
+    return always.scatter(-1, order, chosen).nonzero()[:, 1].view(-1, int(n))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round did, for traces: which sequences it pruned, and layer by layer what decided."""
+
+    rows: list[int]  # of the batch; below, [layer][i] is that of sequence rows[i]
+    shares: list[list[int]]  # tokens that a layer might keep
+    hoyer: Tensor | None  # (B, L); None: the policy keeps no scores
+    recent: list[list[int]]  # newest tokens that stay
+    breakpoints: list[list[int | None]]  # tokens that stand out; None: all do
+    importance: list[Tensor]  # per layer (B, 1 or H_kv, S), of the slots before the round
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the engine asks of a policy. This one keeps everything."""
+    """What the engine asks of a policy."""
 
     name: ClassVar[str] = ""
-    gamma: ClassVar[float | None] = None  # decay of the scores; None: no scores are kept
-    lag: ClassVar[int] = 0  # tokens that a query must be later than a key for its mass to count
-    window: ClassVar[int] = 0  # how many of the last queries the cache remembers
+    scored: ClassVar[bool] = False  # does the cache keep scores for it?
+    window: ClassVar[int] = 0  # how many of the last queries the cache keeps for it
 
-    def notes(self) -> dict:
-        """What a cache has to note for this policy; see LayerCache."""
-        return {"scored": self.gamma is not None, "lag": self.lag, "window": self.window}
+    def notes(self) -> Notes:
+        """What a cache notes for this policy."""
+        return Notes(self.scored, self.window)
 
-    def check(self, prompt: int) -> None:
-        """Raises UserError if so long a prompt cannot be served."""
+    def check_prompt(self, prompt: int) -> None:
+        """Raises UserError if a prompt of so many tokens cannot be served."""
+
+    def decay(self, cache: KVCache) -> None:
+        """Called before every decoded token, for what fades in the cache."""
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
-        """Per sequence: is it time for a round? Decided from its own tokens alone.
-
-        prefilled: the last tokens came as a prompt, not one by one.
-        """
+        """Per sequence: is it time for a round? prefilled: the last tokens came as a prompt."""
         return [False] * len(cache.seen)
 
-    def round(self, cache: KVCache, due: list[bool]) -> None:
+    def round(self, cache: KVCache, due: list[bool]) -> Round | None:
         """One pass of pruning over the sequences that are due; the others keep everything."""
 
 
@@ -141,27 +133,37 @@ class Pruner(Policy):
     """
 
     min_recent: ClassVar[int] = 1
+    needs_budget: ClassVar[bool] = True
 
-    budget: int | None = option(None, "tokens per layer after a round, on average", low=1)
+    budget: float | int | None = option(
+        0.25, "tokens per layer after a round, on average: a number, a share of the text, or none"
+    )
     interval: int = option(128, "tokens between two rounds", low=1)
     sinks: int = option(4, "first tokens, always kept", low=0)
     recent_ratio: float = option(0.3, "share of the room that goes to the last tokens", 0, 1)
     protect_prompt: bool = option(True, "keep the whole prompt; it counts inside the budget")
+    evict_threshold: int = option(
+        512, "tokens before the first round, where the budget is no number", low=1
+    )
 
     def __post_init__(self):
+        if type(self).importance is Pruner.importance:
+            raise UserError(f"{type(self).__name__} should define importance(layer, cache)")
         check_options(self)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
-        """(B, H_kv, S): the higher, the longer a token stays. Heads may differ."""
-        raise NotImplementedError
+        """(B, 1 or H_kv, S): the higher, the longer a token stays. Heads may differ."""
 
-    def weights(self, cache: KVCache) -> list[list[float]]:
-        """Per sequence, the layers' shares of the budget, in any unit. Default: equal."""
-        return [[1.0] * len(cache.layers) for _ in cache.seen]
+    def scores(self, layer: LayerCache) -> Tensor:
+        """(B, 1 or H_kv, S): what Hoyer is taken of, where scores are kept."""
+        return layer.scores
+
+    def weights(self, cache: KVCache, sparsity: Tensor | None) -> Tensor:
+        """(B, L): the layers' parts of the budget, in any unit; sparsity: (B, L), their Hoyer."""
+        return torch.ones(len(cache.seen), len(cache.layers))
 
     def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
-        """How many of the most important tokens stand out, of one sequence; importance: (H_kv, its
-        length). Default: all of them."""
+        """How many of a sequence's tokens stand out; importance: (1 or H_kv, its length)."""
         return layer.lengths[row]
 
     def recent(self, room: int) -> int:
@@ -171,18 +173,46 @@ class Pruner(Policy):
     def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
         """(len(rows), H_kv, S) bool: which slots of these sequences stay whatever their importance.
         Default: positions below `protected`, and the most recent of the room beside these."""
-        device, pairs = layer.filled.device, zip(rows, rooms, strict=True)
-        recent = [layer.lengths[row] - self.recent(room) for row, room in pairs]
-        first, last = torch.tensor([protected, recent], device=device)[:, :, None, None]
-        slots = torch.arange(layer.length, device=device)
+        pairs = zip(rows, rooms, strict=True)
+        oldest = [layer.lengths[row] - self.recent(room) for row, room in pairs]
+        bounds = torch.tensor([protected, oldest], device=layer.filled.device)
+        first, last = bounds[:, :, None, None]  # (len(rows), 1, 1) each
+        slots = torch.arange(layer.length, device=layer.filled.device)
         return (layer.positions[rows] < first) | (slots >= last)
 
     def protected(self, prompt: int) -> int:
         """First positions that always stay, of a sequence with so long a prompt."""
         return max(self.sinks, prompt) if self.protect_prompt else self.sinks
 
-    def check(self, prompt: int) -> None:
-        check_room(self.budget, self.protected(prompt) + self.min_recent, self.protect_prompt)
+    def limit(self, prompt: int, seen: int) -> int:
+        """Tokens per layer, on average, that a sequence may hold after a round. A share counts the
+        tokens seen; it never falls below the protected ones and its room at `evict_threshold`."""
+        if self.budget is None:
+            return seen
+        if isinstance(self.budget, int):
+            return self.budget
+        room = max(self.min_recent, int(self.budget * self.evict_threshold))
+        return max(int(self.budget * seen), self.protected(prompt) + room)
+
+    def first_round(self, prompt: int) -> int:
+        """Tokens seen above which a sequence may have a round."""
+        if isinstance(self.budget, int):
+            return self.budget
+        return max(self.evict_threshold, self.limit(prompt, seen=0))
+
+    def check_prompt(self, prompt: int) -> None:
+        if isinstance(self.budget, int):
+            check_room(self.budget, self.protected(prompt) + self.min_recent, self.protect_prompt)
+
+    def shares(self, cache: KVCache, rows: list[int], sparsity: Tensor | None) -> list[list[int]]:
+        """[layer][i]: tokens that sequence rows[i] may keep there, which add up exactly."""
+        weights, columns = self.weights(cache, sparsity).tolist(), []
+        for row in rows:
+            prompt, held = cache.prompt[row], [layer.lengths[row] for layer in cache.layers]
+            floors = [self.protected(prompt) + self.min_recent] * len(held)
+            total = self.limit(prompt, cache.seen[row]) * len(held)
+            columns.append(split_budget(total, weights[row], floors, held))
+        return [list(share) for share in zip(*columns, strict=True)]
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
         return [
@@ -192,159 +222,106 @@ class Pruner(Policy):
 
     def wants(self, cache: KVCache, row: int) -> bool:
         """Does this sequence hold more than it should?"""
-        if self.budget is None:
-            return False
+        prompt, seen, L = cache.prompt[row], cache.seen[row], len(cache.layers)
         held = sum(layer.lengths[row] for layer in cache.layers)
-        return held > self.budget * len(cache.layers)
+        return seen > self.first_round(prompt) and held > self.limit(prompt, seen) * L
 
-    def round(self, cache: KVCache, due: list[bool]) -> None:
+    def sparsity(self, cache: KVCache) -> Tensor:
+        """(B, L): how concentrated each layer's attention is, the mean over heads."""
+        layers = [hoyer(self.scores(layer), layer.filled[:, None]) for layer in cache.layers]
+        return torch.stack([heads.mean(1) for heads in layers], dim=1)
+
+    def round(self, cache: KVCache, due: list[bool]) -> Round:
         rows = [row for row, ready in enumerate(due) if ready]
-        protected = [self.protected(cache.prompt[row]) for row in rows]
-        for layer, share in zip(cache.layers, self.shares(cache), strict=True):
-            importance, counts = self.importance(layer, cache), list(layer.lengths)
-            slots = torch.arange(layer.length, device=importance.device)
-            kept = slots.repeat(*importance.shape[:2], 1)  # whoever is not due keeps all
-            rooms = [
-                share[row] - (min(first, counts[row]) if self.budget else 0)
-                for row, first in zip(rows, protected, strict=True)
-            ]
-            for row, always in zip(rows, self.always(layer, rows, protected, rooms), strict=True):
-                scores, n = importance[row, :, : counts[row]], counts[row]
-                salient = self.salient(scores, layer, row)
-                chosen = choose(scores, always[:, :n], salient, share[row])
-                counts[row] = chosen.shape[1]
-                kept[row, :, : counts[row]] = chosen
-            if counts != layer.lengths:
-                layer.keep(kept, counts)
+        sparsity = self.sparsity(cache) if self.scored else None
+        done = Round(rows, self.shares(cache, rows, sparsity), sparsity, [], [], [])
+        for layer in cache.layers:
+            self.prune(layer, cache, done)
+        return done
 
-    def shares(self, cache: KVCache) -> list[list[int]]:
-        """(L, B) tokens each layer may keep: the budget split exactly, or all without a budget."""
-        lengths = [layer.lengths for layer in cache.layers]
-        if self.budget is None:
-            return lengths
-        L, columns = len(lengths), []
-        for row, weights in enumerate(self.weights(cache)):
-            floors = [self.protected(cache.prompt[row]) + self.min_recent] * L
-            held = [layer[row] for layer in lengths]
-            columns.append(split_budget(self.budget * L, weights, floors, held))
-        return [list(row) for row in zip(*columns, strict=True)]
+    def prune(self, layer: LayerCache, cache: KVCache, done: Round) -> None:
+        """The round of one layer, which it adds to `done`."""
+        rows, share, importance = done.rows, done.shares[layer.index], self.importance(layer, cache)
+        protected = [self.protected(cache.prompt[row]) for row in rows]
+        lengths = [layer.lengths[row] for row in rows]
+        rooms = list(share)  # for tokens that are not protected
+        if self.budget is not None:
+            sizes = zip(share, protected, lengths, strict=True)
+            rooms = [n - min(first, held) for n, first, held in sizes]
+        always = self.always(layer, rows, protected, rooms)  # (len(rows), H_kv, S)
+        kept, breakpoints = [], []
+        for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            scores = importance[row, :, :n]  # (1 or H_kv, n)
+            salient = self.salient(scores, layer, row)
+            kept.append(choose(scores, always[i, :, :n], salient, share[i]))
+            breakpoints.append(salient if salient < n else None)
+        layer.evict(rows, kept)
+        done.recent.append([self.recent(room) for room in rooms])
+        done.breakpoints.append(breakpoints)
+        done.importance.append(importance)
 
 
 # The words of Lethe's options, and whether each makes sense without a budget.
-ALLOCATIONS = {"hoyer": True, "inverse_hoyer": False, "uniform": False, "pyramid": False}
-KNEES = {"auto": True, "global": True, "segment": True, "none": False}
-GRANULARITIES = {"auto": True, "layer": True, "head": True}
+ALLOCATIONS = {"hoyer": True, "inverse_hoyer": False, "uniform": False}
+BREAKPOINTS = {"global": True, "segment": True, "none": False}
 
 
 @dataclass(frozen=True)
 class Lethe(Pruner):
-    """Budgets by Hoyer, scores by RASR, a breakpoint by Algorithm 1 (arXiv 2511.06029)."""
+    """Budgets by Hoyer, scores by RASR, a breakpoint by Algorithm 1 (arXiv 2511.06029).
+
+    With a budget, a layer keeps its share or, if that is less, what stands out. Without one
+    (`budget=None`) Algorithm 1 alone decides, each layer at a threshold of its own.
+    """
 
     name: ClassVar[str] = "lethe"
+    scored: ClassVar[bool] = True
+    needs_budget: ClassVar[bool] = False
 
     allocation: str = option("hoyer", "divides the budget over layers", choices=ALLOCATIONS)
-    even_share: float = option(0.65, "part of the budget by Hoyer that layers share evenly", 0, 1)
-    cap: float = option(1.5, "most that a layer counts by Hoyer, in medians; 0: no limit", low=0)
-    knee: str = option(
-        "auto", "what makes a breakpoint (auto: none with a budget, else global)", choices=KNEES
-    )
+    breakpoint: str = option("global", "where the curve of scores breaks", choices=BREAKPOINTS)
     tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)
     gamma: float = option(0.99, "decay of the scores per decoded token", 0, 1)
-    lag: int = option(4, "with a budget: tokens after which attention counts", 0, 4096)
-    distinct_ratio: float = option(
-        0.8, "with a budget: share of what recent tokens leave for those never repeated", 0, 1
-    )
-    alike: float = option(0.8, "cosine of two keys above which the newer repeats the older", 0, 1)
-    evict_threshold: int = option(512, "without a budget: length at which a layer prunes", low=1)
-    granularity: str = option(
-        "auto", "who chooses (auto: head with a budget, else layer)", choices=GRANULARITIES
-    )
-    value_norm: bool = option(False, "weigh a token's score by the norm of its value")
 
-    @classmethod
-    def paper(cls, **changes) -> "Lethe":
-        """Every parameter as the paper reads; what it leaves open stays at the default."""
-        published = {"even_share": 0.0, "cap": 0.0, "lag": 0, "distinct_ratio": 0.0}
-        published |= {"knee": "global", "granularity": "layer", "protect_prompt": False}
-        return cls(**{**published, **changes})
+    def decay(self, cache: KVCache) -> None:
+        torch._foreach_mul_(cache.scores, self.gamma)  # eq. 5; the model then adds the step's mass
 
-    def notes(self) -> dict:
-        # A breakpoint is a ratio: to what no query could count for yet, it would be infinite.
-        return super().notes() | ({} if self.budget else {"lag": 0})
-
-    @property
-    def per_head(self) -> bool:
-        """Does each KV head choose for itself?"""
-        return self.granularity in (("auto", "head") if self.budget else ("head",))
-
-    def _merged(self, scores: Tensor) -> Tensor:
-        """(B, 1 or H_kv, S): added up, but per head, where a slot is another token in every one."""
-        return scores if self.per_head else scores.sum(1, keepdim=True)
+    def scores(self, layer: LayerCache) -> Tensor:
+        return layer.scores.sum(1, keepdim=True)  # eq. 2: over all heads, (B, 1, S)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
-        scores = layer.scores
-        if self.value_norm:
-            scores = scores * layer.values.float().norm(dim=-1)
-        return self._merged(scores).expand_as(scores)
+        return self.scores(layer)
 
-    def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
-        """And the newest tokens that no newer one repeats: facts that nothing has asked for yet."""
-        kept = super().always(layer, rows, protected, rooms)
-        recent = [self.recent(room) for room in rooms]
-        pairs = zip(rooms, recent, strict=True)
-        counts = [int(self.distinct_ratio * (room - newest)) for room, newest in pairs]
-        if not self.budget or not any(counts):
-            return kept
-        # From round to round, what is judged for the first time was recent: newer ones are near.
-        device = kept.device
-        near = torch.tensor(recent, device=device) + self.interval
-        cosine = repeats(layer.content(rows), layer.filled[rows], near)[..., : layer.length]
-        cosine = cosine if self.per_head else cosine.mean(1, keepdim=True)
-        distinct = ~kept & (cosine <= self.alike)
-        place = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest
-        return kept | distinct & (place <= torch.tensor(counts, device=device)[:, None, None])
-
-    def weights(self, cache: KVCache) -> list[list[float]]:
-        if self.allocation in ("uniform", "pyramid"):
-            L = len(cache.layers)
-            return [[1.0] * L if self.allocation == "uniform" else pyramid(L) for _ in cache.seen]
-        per_layer = [
-            hoyer(self._merged(layer.scores), layer.filled[:, None]).mean(1)
-            for layer in cache.layers
-        ]
-        sparsity = torch.stack(per_layer, dim=1)  # (B, L)
-        shares = sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity
-        if self.cap:  # attention that is uniform beside all others averages, and misses little
-            shares = shares.minimum(self.cap * shares.quantile(0.5, dim=1, keepdim=True))
-        return torch.lerp(shares, shares.mean(1, keepdim=True), self.even_share).tolist()
-
-    def wants(self, cache: KVCache, row: int) -> bool:
-        if self.budget is not None:
-            return super().wants(cache, row)
-        return any(layer.lengths[row] > self._threshold(layer, row) for layer in cache.layers)
-
-    def _threshold(self, layer: LayerCache, row: int) -> int:
-        return layer.thresholds[row] or self.evict_threshold
-
-    def round(self, cache: KVCache, due: list[bool]) -> None:
-        before = [layer.lengths for layer in cache.layers]
-        super().round(cache, due)
-        # A layer tries again when it holds twice what it kept: without a breakpoint, where it kept
-        # all, its threshold so doubles, and no layer tries at every step (Algorithm 1).
-        for layer, lengths in zip(cache.layers, before, strict=True) if not self.budget else ():
-            for row in (row for row, ready in enumerate(due) if ready):
-                threshold = self._threshold(layer, row)
-                if lengths[row] > threshold:
-                    layer.thresholds[row] = max(threshold, 2 * layer.lengths[row])
+    def weights(self, cache: KVCache, sparsity: Tensor) -> Tensor:
+        if self.allocation == "uniform":
+            return super().weights(cache, sparsity)
+        return sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity
 
     def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
         """Algorithm 1: the tokens before the breakpoint, or all of them if there is none."""
         length = importance.shape[1]
-        knee = self.knee if self.knee != "auto" else "none" if self.budget else "global"
-        early = self.budget is None and length <= self._threshold(layer, row)
-        if early or knee == "none":
+        if self.budget is None and length <= self.threshold(layer, row):
             return length
-        # Every head's curve, then their mean: after a round a slot is another token in every head.
+        # Every head's curve, then their mean: heads may hold different tokens.
         ranked = importance.sort(dim=-1, descending=True).values.mean(0).cpu()
-        return find_breakpoint(ranked, self.segments, self.tau, knee) or length
+        return find_breakpoint(ranked, self.segments, self.tau, self.breakpoint) or length
+
+    def threshold(self, layer: LayerCache, row: int) -> int:
+        """The length beyond which a layer prunes."""
+        return layer.thresholds[row] or self.evict_threshold
+
+    def wants(self, cache: KVCache, row: int) -> bool:
+        if self.budget is not None:
+            return super().wants(cache, row)
+        return any(layer.lengths[row] > self.threshold(layer, row) for layer in cache.layers)
+
+    def prune(self, layer: LayerCache, cache: KVCache, done: Round) -> None:
+        before = layer.lengths
+        super().prune(layer, cache, done)
+        # A layer tries again when it holds twice what it kept. Without a breakpoint it kept all, so
+        # its threshold doubles (Algorithm 1).
+        for row in done.rows:
+            threshold = self.threshold(layer, row)
+            if self.budget is None and before[row] > threshold:
+                layer.thresholds[row] = max(threshold, 2 * layer.lengths[row])

@@ -1,0 +1,1 @@
+"""Accuracy on public tasks, for any model."""

@@ -1,10 +1,10 @@
-"""What of a text is its answer, and is it right?
+"""Which part of a text is its answer, and is it right?
 
-Extraction is here and plain. Comparing is the work of `math-verify` and of `reasoning-gym`, in a
-process of their own (this file, run as a program): both may think about a hostile answer for hours,
-inside arithmetic that no signal interrupts, so what takes too long is killed and counts as wrong.
-That process also makes reasoning-gym's problems, under a fixed hash seed: some depend on the order
-of a set.
+Extraction is plain and done here. `math-verify` and `reasoning-gym` compare, in a process of their
+own, which is this file run as a program. Either can work on a hostile answer for hours, inside
+arithmetic that no signal interrupts. So a comparison that takes too long is killed and counts as
+wrong. That process also makes reasoning-gym's problems, under a fixed hash seed, since some of them
+depend on the order of a set.
 """
 
 import importlib.metadata
@@ -19,7 +19,10 @@ import sys
 import threading
 from contextlib import suppress
 
-MEMORY = 2**33  # bytes of address space that the other process may have
+from benchmarks import ROOT
+
+MODULE = "benchmarks.accuracy.grading"
+MEMORY = 2**33  # bytes of address space that the comparing process may have
 PACKAGES = {"math": "math-verify", "gym": "reasoning-gym"}  # what compares which kind of answer
 
 # -- extraction ------------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
-    r"""(place, content) of every \boxed{...} that is closed, not empty and has no other inside."""
+    r"""(place, content) of every \boxed{...} that is closed, not empty, and has none inside."""
     found, stack = [], []
     for token in re.finditer(r"\\f?boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if token[0] == "}":
@@ -50,13 +53,13 @@ def boxes(text: str) -> list[tuple[int, str]]:
 
 
 def last_line(text: str) -> str | None:
-    """The last line with anything in it, of what follows the thinking."""
+    """The last line that is not empty, of what follows the thinking."""
     lines = [line.strip() for line in text.rpartition("</think>")[2].splitlines()]
     return next((line for line in reversed(lines) if line), None)
 
 
 def letter(text: str, count: int, ended: bool) -> str | None:
-    """The last of `count` letters that the text boxes or calls its answer; else its last line."""
+    """The last of `count` letters that the text boxes or calls its answer; else the last line."""
     named = [(place, OPTION.match(content)) for place, content in boxes(text)]
     named += [(match.start(1), match) for match in STATED.finditer(text)]
     if ended:
@@ -67,11 +70,11 @@ def letter(text: str, count: int, ended: bool) -> str | None:
 
 
 def extract(kind: str, text: str, ended: bool, choices: int = 0) -> str | None:
-    """A text's answer as its author marked it, or None.
+    """A text's answer as the model marked it, or None.
 
-    kind: "math", where a box stays around what it holds, "letter" or "gym". The last mark counts. A
-    text that ended by itself (`ended`) may leave the mark out: then its last line is the answer.
-    One that was cut has not come to it.
+    kind: "math", which keeps the box around the answer, "letter" or "gym". The last mark counts. A
+    text that ended by itself (`ended`) may have no mark: then its last line is the answer. A text
+    that was cut off has none.
     """
     if kind == "letter":
         return letter(text, choices, ended)
@@ -83,14 +86,14 @@ def extract(kind: str, text: str, ended: bool, choices: int = 0) -> str | None:
     return last_line(text) if ended else None
 
 
-# -- comparing, in the parent ----------------------------------------------------------------------
+# -- comparing: this side --------------------------------------------------------------------------
 
 
 class Grader:
-    """The process that compares. It begins with the first question and ends with the block."""
+    """The process that compares. The first question starts it, the end of the block stops it."""
 
     def __init__(self, seconds: float = 30):
-        self.seconds = seconds  # that an answer may take; math-verify's own limits add up to less
+        self.seconds = seconds  # an answer may take; math-verify's own limits add up to less
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Grader":
@@ -103,11 +106,12 @@ class Grader:
             self.process = None
 
     def ask(self, seconds: float | None = None, **question):
-        """The process's answer. Raises TimeoutError; RuntimeError with what went wrong there."""
+        """The process's answer. Raises TimeoutError, or RuntimeError with the error over there."""
         if self.process is None:
             env = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__],
+                [sys.executable, "-W", "ignore", "-m", MODULE],
+                cwd=ROOT,
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -124,7 +128,7 @@ class Grader:
             line = ""
         finally:
             timer.cancel()
-        if not line.endswith("\n"):  # killed, by us or for its memory
+        if not line.endswith("\n"):  # killed: by the timer, or because memory ran out
             self.__exit__()
             raise TimeoutError
         reply = json.loads(line)
@@ -133,8 +137,9 @@ class Grader:
         return reply["value"]
 
     def score(self, problem, answer: str | None) -> tuple[float, str | None]:
-        """How right the answer to a problem (problems.Problem) is, from 0 to 1, and why none could
-        be told."""
+        """How right an answer is, from 0 to 1; and the reason where that could not be compared.
+
+        problem: see problems.Problem. No answer is wrong."""
         if answer is None:
             return 0.0, None
         if problem.kind == "letter":
@@ -151,14 +156,14 @@ class Grader:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package."""
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-# -- comparing, in the process ---------------------------------------------------------------------
+# -- comparing: the other process ------------------------------------------------------------------
 
 WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '’-][^\W\d_]+)*")
 CALL = re.compile(r"(\w+|[)\]}'\"])\s*\(")
@@ -169,17 +174,17 @@ CALLABLE = {
 
 
 def plain(text: str) -> str:
-    r"""Without \text{}, dollars, a full stop and spaces around it."""
+    r"""The text without \text{}, and without dollars, a full stop and spaces around it."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
     return text.strip(" \t\n$.")
 
 
 def same_math(answer: str, gold: str) -> float:
-    r"""1.0 if the two are the same to math-verify, which finds 2 + 3 to be 5.
+    r"""1.0 if the two mean the same to math-verify, to which 2 + 3 is 5.
 
-    answer: a \boxed{...}, or a line that ends in it; gold: a formula, with dollars or without.
-    Words are compared as words: to a parser of formulas they are products of letters, and an
-    anagram is the same product.
+    answer: a \boxed{...}, or a line with the answer at its end; gold: a formula, with or without
+    dollars. Words are compared as words, since a parser of formulas takes them for products of
+    letters, and an anagram for the same product.
     """
     mine, right = plain(re.sub(r"^\\boxed\{(.*)\}$", r"\1", answer, flags=re.DOTALL)), plain(gold)
     if mine == right:
@@ -194,14 +199,14 @@ def same_math(answer: str, gold: str) -> float:
 
 
 def harmless(answer: str) -> bool:
-    """False for a text that would call something, or reach into it, if it were run as Python."""
+    """False for a text that, run as Python, would call something or read an attribute."""
     called = (name for name in CALL.findall(answer) if not name.isdigit())
     reaches = "__" in answer or re.search(r"\.\s*[A-Za-z_]", answer)
     return not reaches and all(name in CALLABLE for name in called)
 
 
 class Gym:
-    """reasoning-gym's datasets, made once."""
+    """reasoning-gym's datasets, each made once."""
 
     def __init__(self):
         self.made = {}
@@ -217,10 +222,10 @@ class Gym:
     def names(self) -> list[str]:
         from reasoning_gym.factory import DATASETS
 
-        return sorted(set(DATASETS) - {"composite"})  # which is made of others
+        return sorted(set(DATASETS) - {"composite"})  # that one mixes others
 
     def entries(self, name: str, seed: int, count: int) -> list[str]:
-        """The prompts: the package's own instructions, which ask for <answer> tags, and the
+        """The prompts: reasoning-gym's own instructions, which ask for <answer> tags, and the
         question."""
         from reasoning_gym.utils import SYSTEM_PROMPTS
 
@@ -229,7 +234,7 @@ class Gym:
 
     def score(self, answer: str, name: str, seed: int, count: int, index: int) -> float:
         dataset = self.dataset(name, seed, count)
-        # Some of its graders run the answer as Python. A model's words must not get that far.
+        # Some of its graders run the answer as Python, and a model's text must never be run.
         source = inspect.getsource(sys.modules[type(dataset).__module__])
         if re.search(r"\b(?:eval|parse_expr|sympify)\(", source) and not harmless(answer):
             return 0.0
@@ -237,8 +242,8 @@ class Gym:
 
 
 def serve() -> None:
-    """Answers questions, one JSON object a line, until there are none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    """Answers questions, one JSON object a line, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other side
     logging.disable()
     with suppress(ImportError, OSError, ValueError):  # where there is such a limit
         import resource
@@ -253,14 +258,10 @@ def serve() -> None:
             question = json.loads(line)
             try:
                 reply = {"value": asked[question.pop("kind")](**question)}
-            except Exception as error:  # a grader may raise anything at a strange answer
+            except Exception as error:  # a strange answer can make a grader raise anything
                 reply = {"error": f"{type(error).__name__}: {error}"[:300]}
             print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    here = os.path.dirname(
-        os.path.abspath(__file__)
-    )  # a file here must not hide a package's module
-    sys.path = [path for path in sys.path if path != here]
     serve()

@@ -1,4 +1,4 @@
-"""The problems of a benchmark: from the hub, a file, or made by reasoning-gym."""
+"""The problems of the accuracy benchmark: from the hub, from a file, or from reasoning-gym."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ from lethe_mini.errors import UserError
 MATH = "Please reason step by step, and put your final answer within \\boxed{}."
 LETTER = "Please reason step by step, and put the letter of your answer within \\boxed{}."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# The paper reports eight subjects of MMLU. These are the first eight in order.
+# The paper reports eight subjects of MMLU. These are the first eight, in alphabetical order.
 SUBJECTS = (
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge",
     "college_biology", "college_chemistry", "college_computer_science",
@@ -23,7 +23,7 @@ GYM_PROBLEMS = 50  # of each task, unless told
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: how its answer is found and compared, "math", "letter" (among `choices`) or "gym"."""
+    """kind: how an answer is found and compared: "math", "letter" (one of `choices`) or "gym"."""
 
     id: str
     group: str
@@ -31,12 +31,12 @@ class Problem:
     kind: str
     answer: str = ""
     choices: int = 0
-    gym: dict = field(default_factory=dict)  # name, seed, count, index: what makes the entry
+    gym: dict = field(default_factory=dict)  # name, seed, count and index of the entry
 
 
 def load(task: str, limit: int | None, subjects: tuple[str, ...], seed: int) -> list[Problem]:
-    """At most `limit` problems of the task; of each subject or each game, where it has several.
-    Raises UserError."""
+    """At most `limit` problems of the task, or of each subject or game where it has several. Raises
+    UserError."""
     if task.startswith("gym:"):
         parts = (name.strip() for name in task.removeprefix("gym:").split(","))
         names = list(dict.fromkeys(filter(None, parts)))
@@ -55,7 +55,7 @@ def load(task: str, limit: int | None, subjects: tuple[str, ...], seed: int) -> 
 
 
 def need(package: str) -> None:
-    """Raises UserError if a package of the extra `bench` is not there."""
+    """Raises UserError if a package of the extra `bench` is not installed."""
     if version(package) is None:
         raise UserError(f"{package} is not installed; pip install 'lethe-mini[bench]'")
 
@@ -66,9 +66,9 @@ def need(package: str) -> None:
 def from_file(path: Path) -> list[Problem]:
     """One JSON object a line: question (or problem) or prompt, answer, maybe choices, id, subject.
 
-    A question gets its choices and an instruction; a prompt stands as it is. With choices the
-    answer is a letter, a number from 0, or a choice word for word. Empty lines are passed over.
-    Raises UserError that names the line.
+    A question gets its choices and an instruction; a prompt is passed on as it is. With choices,
+    the answer is a letter, a number from 0, or one of the choices. Empty lines are skipped. Raises
+    UserError that names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -99,7 +99,7 @@ def from_file(path: Path) -> list[Problem]:
 
 
 def make(entry: dict, id: str) -> Problem:
-    """A problem of a line of a file, or a row of a table."""
+    """The problem in a line of a file, or in a row of a table."""
     name = next((key for key in ("prompt", "question", "problem") if key in entry), "prompt")
     text = entry.get(name)
     if not isinstance(text, str) or not text.strip():
@@ -125,7 +125,7 @@ def _checked(problem: Problem) -> Problem:
 
 
 def _written(answer) -> str:
-    """An answer as text; a number without an exponent, which is no notation of formulas."""
+    """An answer as text; a number without an exponent, which formulas do not have."""
     if type(answer) in (int, float) and answer == answer and abs(answer) != float("inf"):
         return f"{Decimal(str(answer)):f}"
     if not isinstance(answer, str) or not answer.strip():
@@ -168,13 +168,13 @@ def mmlu(subject: str) -> list[Problem]:
 
 
 def _fetch(repository: str, name: str, what: str) -> Path:
-    """A file of a dataset on the hub, or the cached one. Raises UserError."""
+    """A file of a dataset on the hub, from the cache if it is there. Raises UserError."""
     from huggingface_hub import hf_hub_download
 
     try:
         with _quiet("huggingface_hub"):
             return Path(hf_hub_download(repository, name, repo_type="dataset"))
-    except Exception as error:  # what "no network" raises differs between releases of the client
+    except Exception as error:  # without a network, releases of the client raise different errors
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(
             f"{what} ({name} of the dataset {repository}) could not be fetched from the hub "
@@ -186,7 +186,7 @@ def _fetch(repository: str, name: str, what: str) -> Path:
 
 
 def from_gym(names: list[str], count: int, seed: int) -> list[Problem]:
-    """`count` problems of each task of reasoning-gym, always the same for a seed."""
+    """`count` problems of each task of reasoning-gym; a seed always gives the same ones."""
     need("reasoning-gym")
     problems = []
     with Grader() as grader:

@@ -1,31 +1,35 @@
-r"""Does a pruned cache still reason? Problems solved under every policy, the answers graded.
+r"""Does a model still reason with a pruned cache? It solves problems under every policy.
 
-    python -m benchmarks.accuracy.run --task math500 --model MODEL --policies full lethe h2o \
-        --budget 10%
+    python -m benchmarks.accuracy.run --task math500 --model MODEL --budget 10% \
+        --policies full lethe lethe-plus h2o
     python -m benchmarks.accuracy.run --task mmlu | FILE.jsonl | gym:NAME,NAME [...]
 
-`math500` and `mmlu` are fetched from the hub (HuggingFaceH4/MATH-500; cais/mmlu, eight subjects).
-FILE.jsonl has an object a line: `question` (or `problem`), `answer`, maybe `choices`, `id`,
-`subject`; `prompt` instead of `question` is passed on as it stands. `gym:` is reasoning-gym, which
-makes its problems itself, --problems of each kind: planning (tower_of_hanoi, shortest_path, jugs),
-code (bf, codeio), logic (knights_knaves, syllogism, zebra_puzzles) and a hundred more.
+Tasks. `math500` and `mmlu` come from the hub (HuggingFaceH4/MATH-500; cais/mmlu, eight subjects).
+FILE.jsonl has one object a line: `question` (or `problem`), `answer`, and perhaps `choices`, `id`,
+`subject`; a `prompt` in place of the `question` is passed on as it is. `gym:` is reasoning-gym,
+which makes --problems of each kind: planning (tower_of_hanoi, shortest_path, jugs), code (bf,
+codeio), logic (knights_knaves, syllogism, zebra_puzzles) and a hundred more.
 
-The last answer marked counts: \boxed{}, for letters also "Answer: B", for reasoning-gym <answer>.
-math-verify compares formulas; reasoning-gym grades its own, and only the full mark is right. A text
-that was cut before it marked an answer is wrong; one that ended may leave the mark out, and its
-last line counts.
+Grades. The last answer that the model marked counts: \boxed{}, for letters also "Answer: B", for
+reasoning-gym <answer>. math-verify compares formulas. reasoning-gym grades its own problems, and
+only the full score is right. A text that was cut off before it marked an answer is wrong. A text
+that ended by itself may have no mark; then its last line is its answer.
 
-Every policy has the same problems, draws, interval and sinks; the share of recent tokens is its
-own. Budgets are tokens per layer, a percentage of the full cache's mean length (prompt and text, as
-measured: `full` runs first), or `none`, where Lethe's Algorithm 1 alone decides. `holds` is what
-was kept: tokens per layer, averaged over all steps, and the share of what a full cache would hold.
-Intervals are 95 %, by bootstrap over problems; differences are paired, problem by problem. Where
-all problems come out alike the bootstrap gives no width; that is no certainty. `looped` texts were
-cut while they repeated themselves. Tokens/s are those of decoding at this batch size.
+Policies. All have the same problems, draws, interval and sinks, and the share of recent tokens that
+is their own default. A budget is a number of tokens per layer; a percentage of the full cache's
+mean length, prompt and text, which `full` measures first and policies get as a number; or `none`,
+where Lethe's Algorithm 1 alone decides.
 
-With --lines FILE a run that was interrupted goes on where it was. The file has every text, so that
-a newer grader grades it again, and may be shared by runs with other settings, or with more problems
-or samples (which move a budget in %). The batch size changes no text, only speed and peak memory.
+Columns. `holds` is what was kept: tokens per layer, as a mean over all steps, and its share of what
+a full cache would hold. Intervals are 95 %, by bootstrap over problems; differences are paired,
+problem by problem. Where all problems come out alike the interval has no width, which does not mean
+certainty. `looped` texts were cut off while they repeated themselves. Tokens/s are those of
+decoding at this batch size.
+
+With --lines FILE an interrupted run continues where it stopped. The file has every text, so that a
+newer grader can grade it again. Runs with other settings can share it, and so can runs with more
+problems or samples (which change what a percentage is). The batch size changes no text, only speed
+and peak memory.
 """
 
 import argparse
@@ -38,51 +42,52 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.grading import PACKAGES, Grader, extract, version
 from benchmarks.accuracy.problems import SUBJECTS, Problem, load
+from benchmarks.common.hardware import hardware
 from benchmarks.common.results import Lines, mean_with_interval, write_json
-from benchmarks.memory.batches import hardware
-from benchmarks.quality.choices import CHOICES, Cell
-from lethe_mini import Engine
-from lethe_mini.app.batch import digest
-from lethe_mini.errors import UserError
+from benchmarks.quality.choices import CHOICES, PROTECT, Cell, budget_text, prompt_column
+from lethe_mini import Engine, FullKV, Lethe, Sampling
+from lethe_mini.errors import UserError, writing
 from lethe_mini.generation.requests import POSITIONS
-from lethe_mini.generation.sampling import check_sampling
 from lethe_mini.generation.stats import kv_bytes
-from lethe_mini.policy import FullKV, Lethe
+from lethe_mini.jsonlines import digest
 
-# A loop repeats at most so many tokens, at least so often, and is at least so long.
+# A loop repeats at most PERIOD tokens, at least REPEATS times, and has at least LOOP tokens.
 PERIOD, REPEATS, LOOP = 256, 4, 32
 FULL_MARK = 1 - 1e-9  # reasoning-gym's scores are sums of shares
+POLICIES = ["full", "lethe", "lethe-plus", "h2o", "streaming", "random"]  # unless told
 GENERATE = ("max_new_tokens", "temperature", "top_p", "seed", "positions")
 
 # -- cells -----------------------------------------------------------------------------------------
 
 
 def make_cells(args: argparse.Namespace, longest: int) -> list[Cell]:
-    """Every policy at every budget and protection, the full cache once and first; those whose
-    budget is a percentage have no policy yet. Where there are other budgets, `none` goes to those
-    alone that can do without. longest: tokens of the longest prompt."""
+    """The full cache, then every policy at every budget, without and with a protected prompt.
+
+    A cell whose budget is a percentage has no policy yet. Beside other budgets, `none` is only for
+    policies that need no budget. longest: tokens of the longest prompt.
+    """
     cells = [Cell("full", "", False, FullKV())] if "full" in args.policies else []
+    policies = [name for name in args.policies if name != "full"]
     for budget in args.budget:
-        for protect in {"no": [False], "yes": [True], "both": [False, True]}[args.protect]:
-            for choice in args.policies:
-                if choice != "full":
-                    cells.append(Cell(choice, budget, protect, None))
-                    if not budget.endswith("%"):
-                        settle(cells[-1], args, None if budget == "none" else int(budget), longest)
-                    if budget == "none" and cells[-1].why and len(args.budget) > 1:
-                        cells.pop()
+        for protect in PROTECT[args.protect]:
+            for choice in policies:
+                cell = Cell(choice, budget, protect, None)
+                if not budget.endswith("%"):
+                    settle(cell, args, None if budget == "none" else int(budget), longest)
+                if budget != "none" or not cell.why or len(args.budget) == 1:
+                    cells.append(cell)
     return cells
 
 
 def settle(cell: Cell, args: argparse.Namespace, tokens: int | None, longest: int) -> None:
-    """Gives a cell its policy, or the reason why it cannot have one."""
+    """Gives a cell its policy, or the reason why it has none."""
     make, changes = CHOICES[cell.choice]
     common = {"interval": args.interval, "sinks": args.sinks, "protect_prompt": cell.protect}
     try:
-        if tokens is None and make not in (Lethe, Lethe.paper):
-            raise UserError(f"{cell.choice} prunes to a budget, so none is no choice for it")
+        if tokens is None and make is not Lethe:
+            raise UserError(f"{cell.choice} prunes to a budget, so it cannot have none")
         policy = make(budget=tokens, **common, **changes)
-        policy.check(longest)
+        policy.check_prompt(longest)
         cell.policy = policy
     except UserError as error:
         cell.why = str(error).partition(";")[0]
@@ -92,17 +97,17 @@ def settle(cell: Cell, args: argparse.Namespace, tokens: int | None, longest: in
 
 
 class Held:
-    """Tokens held in all layers, and seen, added up over the steps of every sequence."""
+    """Tokens held in all layers, and tokens seen, added up over the steps of every sequence."""
 
     def __init__(self, sequences: int):
-        self.rows: list[int] = []  # which sequence each row of the next step is
+        self.rows: list[int] = []  # the sequence in each row of the next step
         self.steps, self.held, self.seen = ([0] * sequences for _ in range(3))
 
     def on_token(self, index: int, token: int) -> None:
         self.rows.append(index)
 
     def on_finish(self, index: int) -> None:
-        self.rows.remove(index)  # it leaves the batch before the step
+        self.rows.remove(index)  # the sequence leaves the batch before the step
 
     def on_step(self, cache) -> None:
         for row, index in enumerate(self.rows):
@@ -113,7 +118,7 @@ class Held:
 
 
 def loops(ids: list[int]) -> bool:
-    """Does it end in the same few tokens over and over?"""
+    """Does the text end in the same few tokens over and over?"""
     for period in range(1, min(PERIOD, len(ids) // REPEATS) + 1):
         length = max(REPEATS * period, LOOP)
         if length <= len(ids) and ids[-length:-period] == ids[period - length :]:
@@ -122,9 +127,9 @@ def loops(ids: list[int]) -> bool:
 
 
 class Bench:
-    """Writes and grades what the lines have not got, cell after cell.
+    """Writes and grades what the lines lack, cell by cell.
 
-    options: everything, beside the policy and the prompt, that a text depends on.
+    options: everything that a text depends on, beside the policy and the prompt.
     """
 
     def __init__(
@@ -142,21 +147,15 @@ class Bench:
         self.ids = {p.prompt: engine.text.encode_prompt(p.prompt) for p in problems}
         self.longest = max(map(len, self.ids.values()))
 
-    def put(self, key: dict, result: dict) -> dict:
-        try:
-            return self.lines.put(key, result)
-        except OSError as error:
-            raise UserError(f"cannot write {self.lines.path}: {error.strerror}") from None
-
     def settings(self, cell: Cell) -> dict:
         return {**self.options, "policy": cell.facts()}
 
     def text_key(self, cell: Cell, prompt: str, sample: int) -> dict:
-        """All that a text depends on. Two problems with one prompt share it."""
+        """All that a text depends on. Two problems with the same prompt share a text."""
         return {**self.settings(cell), "prompt": digest({"text": prompt}), "sample": sample}
 
     def write(self, cell: Cell, bar: tqdm) -> None:
-        """Generates what is missing. Raises KeyboardInterrupt if Ctrl-C ended it."""
+        """Generates the texts that are missing. Raises KeyboardInterrupt if Ctrl-C ended it."""
         missing = {
             prompt: [
                 sample
@@ -165,7 +164,7 @@ class Bench:
             ]
             for prompt in self.ids
         }
-        # A prompt is run again whole if a sample of it is missing: samples share its prefill.
+        # Where one sample of a prompt is missing all are run again, since they share its prefill.
         left = [prompt for prompt, samples in missing.items() if samples]
         bar.update(sum(self.samples - len(samples) for samples in missing.values()))
         if not left:
@@ -199,7 +198,7 @@ class Bench:
                 "looped": one.finish_reason != "stop" and loops(one.token_ids),
                 "text": one.text,
             }
-            self.put(self.text_key(cell, prompt, sample), result)
+            self.lines.put(self.text_key(cell, prompt, sample), result)
             bar.update()
 
         result = self.engine.generate(
@@ -219,7 +218,7 @@ class Bench:
             "kv_bytes_peak": stats.kv_bytes_peak,
             "batch_size": self.batch_size,
         }
-        self.put(self.cost_key(cell, parts), cost)
+        self.lines.put(self.cost_key(cell, parts), cost)
         if any(one.finish_reason == "interrupted" for one in result.sequences):
             raise KeyboardInterrupt
 
@@ -228,14 +227,14 @@ class Bench:
         return {**self.settings(cell), **run, "task": self.task, "part": part}
 
     def costs(self, cell: Cell) -> list[dict]:
-        """What the runs so far cost: one, or several if they were interrupted."""
+        """What runs have cost so far: one entry, or several where a run was interrupted."""
         found: list[dict] = []
         while (cost := self.lines.get(self.cost_key(cell, len(found)))) is not None:
             found.append(cost)
         return found
 
     def results(self, cell: Cell, grader: Grader) -> list[list[dict]]:
-        """For every problem its samples: what was written, `answer` and `score`."""
+        """For every problem its samples: the text, `answer` and `score`."""
         return [
             [self.graded(problem, self.text(cell, problem, i), grader) for i in range(self.samples)]
             for problem in self.problems
@@ -245,7 +244,7 @@ class Bench:
         return self.lines.get(self.text_key(cell, problem.prompt, sample))
 
     def graded(self, problem: Problem, result: dict, grader: Grader) -> dict:
-        """The result and its grade, from the lines if the same grader has given it."""
+        """The result with its grade, which is in the lines if the same grader has graded it."""
         package = PACKAGES.get(problem.kind)
         key = {
             "grade": problem.kind,
@@ -259,17 +258,17 @@ class Bench:
             ended = result["finish_reason"] == "stop"
             answer = extract(problem.kind, result["text"], ended, problem.choices)
             score, error = grader.score(problem, answer)
-            grade = self.put(key, {"answer": answer, "score": score, "error": error})
+            grade = self.lines.put(key, {"answer": answer, "score": score, "error": error})
         return {**result, **grade}
 
     def run(self, args: argparse.Namespace) -> list[dict]:
-        """A row per cell. Raises UserError if there is nothing but the full cache that can be."""
+        """A row per cell. Raises UserError where no policy fits its budget."""
         cells = make_cells(args, self.longest)
         whys = [cell.why for cell in cells if cell.choice != "full"]
         if whys and all(whys):
             raise UserError(f"{whys[0]}; change --budget or --protect")
         for cell in cells:
-            if cell.why:  # said now, and in the table hours later
+            if cell.why:  # said now, since the table may come hours later
                 print(f"left out: {cell.choice} at {cell.budget}: {cell.why}", file=sys.stderr)
         found: list[list[list[dict]]] = []
         total = len(self.ids) * self.samples * len(cells)
@@ -288,26 +287,31 @@ class Bench:
         return [self.row(cell, mine, full) for cell, mine in zip(cells, found, strict=True)]
 
     def settle(self, cell: Cell, args: argparse.Namespace, full: list[list[dict]]) -> None:
-        """A percentage is one of the full cache's mean length."""
+        """Gives a cell its policy, from a percentage of the full cache's mean length."""
         ends = [one["prompt_tokens"] + one["tokens"] for samples in full for one in samples]
         tokens = round(sum(ends) / len(ends) * float(cell.budget[:-1]) / 100)
         settle(cell, args, max(1, tokens), self.longest)
 
     def row(self, cell: Cell, mine: list[list[dict]], full: list[list[dict]] | None) -> dict:
-        """What the table says of a cell, or why it cannot be."""
+        """What the table says of a cell, or why it has no policy."""
         row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
         if cell.policy is None:
             return row | {"error": cell.why}
         ones = [one for samples in mine for one in samples]
-        sums = {name: sum(one[name] for one in ones) for name in ("held", "seen", "steps")}
-        costs = self.costs(cell)
-        seconds = sum(cost["seconds"] for cost in costs)
-        row |= {
+        held, seen, steps = (sum(one[name] for one in ones) for name in ("held", "seen", "steps"))
+        costs, less_full = self.costs(cell), None
+        tokens, seconds = (sum(cost[name] for cost in costs) for name in ("tokens", "seconds"))
+        if full is not None and full is not mine:
+            less_full = interval(mine, full)
+        groups: dict[str, list] = {}
+        for samples, problem in zip(mine, self.problems, strict=True):
+            groups.setdefault(problem.group, []).append(samples)
+        return row | {
             "policy": cell.facts(),
-            "holds": sums["held"] / sums["steps"] if sums["steps"] else None,
-            "share": sums["held"] / sums["seen"] if sums["seen"] else None,
+            "holds": ratio(held, steps),
+            "share": ratio(held, seen),
             "accuracy": interval(mine),
-            "less_full": None if full is None or full is mine else interval(mine, full),
+            "less_full": less_full,
             "score": sum(one["score"] for one in ones) / len(ones),
             "tokens": sum(one["tokens"] for one in ones) / len(ones),
             "truncated": sum(one["finish_reason"] != "stop" for one in ones) / len(ones),
@@ -315,21 +319,19 @@ class Bench:
             "unmarked": sum(one["answer"] is None for one in ones) / len(ones),
             "not_compared": sum(one["error"] is not None for one in ones),
             "kv_bytes_peak": max((cost["kv_bytes_peak"] for cost in costs), default=None),
-            "tokens_per_second": sum(c["tokens"] for c in costs) / seconds if seconds else None,
+            "tokens_per_second": ratio(tokens, seconds),
             "parts": costs,
+            "groups": {name: interval(samples) for name, samples in groups.items()},
         }
-        names = dict.fromkeys(problem.group for problem in self.problems)
-        row["groups"] = {
-            name: interval(
-                [one for one, p in zip(mine, self.problems, strict=True) if p.group == name]
-            )
-            for name in names
-        }
-        return row
+
+
+def ratio(a: float, b: float) -> float | None:
+    """a / b, or None where there is nothing to divide by."""
+    return a / b if b else None
 
 
 def interval(mine: list[list[dict]], less: list[list[dict]] | None = None) -> list[float]:
-    """[mean, low, high] of what is right, per problem and sample; less the others', paired."""
+    """[mean, low, high]: the share of right samples; less: minus that of others, paired."""
 
     def right(samples: list[dict]) -> int:
         return sum(one["score"] >= FULL_MARK for one in samples)
@@ -351,26 +353,34 @@ def table(rows: list[dict]) -> str:
     """Markdown, a line per row."""
     lines = [f"| {' | '.join(HEADS)} |", "|---|---|" + "---:|" * (len(HEADS) - 2)]
     for row in rows:
-        start = label(row)
-        if "error" in row:
-            cells = [row["error"]] + [""] * (len(HEADS) - 4)
-        else:
-            cells = [
-                f"{row['holds']:.0f} ({row['share']:.0%})" if row["holds"] else "",
-                percent(row["accuracy"]),
-                percent(row["less_full"], "+"),
-                f"{row['tokens']:,.0f}",
-                f"{row['truncated']:.0%}",
-                f"{row['looped']:.0%}",
-                "" if row["kv_bytes_peak"] is None else f"{row['kv_bytes_peak'] / 1e6:,.1f}",
-                "" if not row["tokens_per_second"] else f"{row['tokens_per_second']:,.1f}",
-            ]
-        lines.append(f"| {' | '.join(start + cells)} |")
+        cells = [row["error"]] + [""] * (len(HEADS) - 4) if "error" in row else figures(row)
+        lines.append(f"| {' | '.join(label(row) + cells)} |")
     return "\n".join(lines)
 
 
+def figures(row: dict) -> list[str]:
+    """The cells of a row behind its label; empty where something was not measured."""
+    holds = peak = rate = ""
+    if row["holds"]:
+        holds = f"{row['holds']:.0f} ({row['share']:.0%})"
+    if row["kv_bytes_peak"] is not None:
+        peak = f"{row['kv_bytes_peak'] / 1e6:,.1f}"
+    if row["tokens_per_second"]:
+        rate = f"{row['tokens_per_second']:,.1f}"
+    return [
+        holds,
+        percent(row["accuracy"]),
+        percent(row["less_full"], "+"),
+        f"{row['tokens']:,.0f}",
+        f"{row['truncated']:.0%}",
+        f"{row['looped']:.0%}",
+        peak,
+        rate,
+    ]
+
+
 def groups_table(rows: list[dict]) -> str:
-    """Accuracy by subject or game; nothing if there is only one."""
+    """Accuracy by subject or game; empty if there is only one."""
     good = [row for row in rows if "error" not in row]
     names = list(good[0]["groups"])
     if len(names) < 2:
@@ -384,26 +394,24 @@ def groups_table(rows: list[dict]) -> str:
 
 
 def label(row: dict) -> list[str]:
-    """The columns that tell rows apart."""
-    prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
-    tokens = row["policy"]["budget"] if row["budget"].endswith("%") and "policy" in row else None
-    return [row["choice"], prompt, row["budget"] + (f" = {tokens}" if tokens else "")]
+    """The columns that tell rows apart: policy, prompt, budget."""
+    budget = row["budget"]
+    if budget.endswith("%") and "policy" in row:
+        budget = f"{budget} = {row['policy']['budget']}"
+    return [row["choice"], prompt_column(row), budget]
 
 
 def percent(value: list[float] | None, sign: str = "") -> str:
-    return (
-        ""
-        if value is None
-        else "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * x for x in value), s=sign)
-    )
+    """A mean and its interval, in %; sign: "+" writes it also where it is positive."""
+    if value is None:
+        return ""
+    mean, low, high = (f"{100 * x:{sign}.1f}" for x in value)
+    return f"{mean} [{low}, {high}]"
 
 
-def budget(text: str) -> str:
-    """A budget as it may be asked for; else ValueError, which argparse reports."""
-    number = float(text[:-1]) if text.endswith("%") else 1 if text == "none" else int(text)
-    if not 0 < number < (101 if text.endswith("%") else 2**31):
-        raise ValueError
-    return text
+def budget_or_none(text: str) -> str:
+    """A budget of the command line as it stands. Raises ArgumentTypeError for what is none."""
+    return text if text == "none" else budget_text(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -416,40 +424,44 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--task", required=True, help="math500, mmlu, FILE.jsonl, or gym:NAME,NAME")
-    add("--problems", type=int, help="so many, of each subject or game (default: all; gym: 50)")
+    add("--problems", type=int, help="how many, of each subject or game (default: all; gym: 50)")
     add("--subjects", nargs="+", default=SUBJECTS, metavar="NAME", help="of mmlu (default: eight)")
     add("--gym-seed", type=int, default=0, help="of reasoning-gym's problems (default: 0)")
     add("--model", default="demo", help="folder, hub id, or demo (default: %(default)s)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--device", default="auto", help="default: %(default)s")
     add("--dtype", default="auto", help="default: %(default)s")
-    add("--compile", action="store_true", help="torch.compile: slow to start, faster after")
-    add("--policies", nargs="+", default=["full", "lethe", "h2o", "streaming", "random"],
-        choices=CHOICES, metavar="NAME", help=f"{', '.join(CHOICES)} (default: five)")  # fmt: skip
-    add("--budget", nargs="+", type=budget, default=["10%"], metavar="N|P%|none",
-        help="tokens a layer, share of the full cache, or none (default: 10%%)")  # fmt: skip
-    add("--protect", choices=["no", "yes", "both"], default="yes",
+    add(
+        "--compile",
+        action="store_true",
+        help="use torch.compile: it starts slowly and then runs faster",
+    )
+    add("--policies", nargs="+", default=POLICIES, choices=CHOICES, metavar="NAME",
+        help=f"of {', '.join(CHOICES)} (default: {' '.join(POLICIES)})")  # fmt: skip
+    add("--budget", nargs="+", type=budget_or_none, default=["10%"], metavar="N|P%|none",
+        help="tokens per layer, share of the full cache, or none (default: 10%%)")  # fmt: skip
+    add("--protect", choices=[*PROTECT], default="yes",
         help="keep the whole prompt? (default: %(default)s)")  # fmt: skip
     add("--interval", type=int, default=128, help="tokens between rounds (default: %(default)s)")
-    add("--sinks", type=int, default=4, help="default: %(default)s")
+    add("--sinks", type=int, default=4, help="first tokens, always kept (default: %(default)s)")
     add("--positions", choices=POSITIONS, default="absolute", help="default: %(default)s")
-    add("--max-new-tokens", type=int, default=4096, help="default: %(default)s")
+    add("--max-new-tokens", type=int, default=4096, help="of a text (default: %(default)s)")
     add("--samples", type=int, default=1, help="texts per problem (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="default: %(default)s")
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="texts at once (default: %(default)s)")
-    add("--lines", type=Path, help="JSON Lines file to write to, and to go on with")
+    add("--lines", type=Path, help="JSON Lines file to write to, and to continue from")
     add("--json", type=Path, help="also write the figures, with every setting, to this file")
     args = parser.parse_args(argv)
-    check_sampling(args.temperature, 0, args.top_p)
+    Sampling(args.temperature, top_p=args.top_p, seed=args.seed)  # raises UserError
     for name in ("problems", "samples", "batch_size", "max_new_tokens", "interval"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1")
     if args.samples > 1 and args.temperature == 0:
-        raise UserError("greedy texts are all the same; give --temperature, or one sample")
+        raise UserError("greedy samples are all the same; give --temperature, or one sample")
     if "full" not in args.policies and any(one.endswith("%") for one in args.budget):
-        raise UserError("a budget in % is one of the full cache's length; add full to --policies")
+        raise UserError("a budget in % needs the full cache's length; add full to --policies")
     args.policies = list(dict.fromkeys(args.policies))
     args.budget = list(dict.fromkeys(args.budget))
     return args
@@ -458,21 +470,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def check_writable(path: Path) -> None:
     """Raises UserError now, not after hours of work."""
     existed = path.exists()
-    try:
+    with writing(path):
         path.open("a").close()
         if not existed:
             path.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def open_lines(path: Path | None) -> Lines:
-    try:
-        return Lines(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} holds other lines than a benchmark's; name another file") from None
 
 
 def run(argv: list[str] | None) -> int:
@@ -482,7 +483,7 @@ def run(argv: list[str] | None) -> int:
         raise UserError(f"{files[0]} is named twice; give each output a file of its own")
     for path in files:
         check_writable(path)
-    lines = open_lines(args.lines)
+    lines = Lines(args.lines)
     problems = load(args.task, args.problems, tuple(args.subjects), args.gym_seed)
     engine = Engine.from_pretrained(
         args.model, args.device, args.dtype, args.revision, args.compile
@@ -497,9 +498,11 @@ def run(argv: list[str] | None) -> int:
         "positions": args.positions,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
-        "top_p": None if greedy else args.top_p,
-        "seed": None if greedy else args.seed,
+        "top_p": None,
+        "seed": None,
     }
+    if not greedy:  # else they change nothing
+        options |= {"top_p": args.top_p, "seed": args.seed}
     bench = Bench(engine, problems, lines, options, args.samples, args.batch_size, args.task)
     rows = bench.run(args)
     how = "greedy" if greedy else f"temperature {args.temperature}, top-p {args.top_p}"
@@ -527,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; with --lines FILE the same command goes on", file=sys.stderr)
+        print("interrupted; with --lines FILE the same command continues", file=sys.stderr)
         return 130
 
 

@@ -1,12 +1,14 @@
 """Results that survive an interruption, and intervals around them."""
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from lethe_mini.errors import writing
+from lethe_mini.jsonlines import Appender, read_lines
 
 DRAWS = 10_000  # bootstrap samples: the ends of a 95 % interval then move by about 1 % of its width
 HEAD = b'{"key": '  # how every line begins
@@ -15,43 +17,44 @@ HEAD = b'{"key": '  # how every line begins
 class Lines:
     """A JSON Lines file of (key, result); each line is on the disk before the next one is begun.
 
-    A key holds every setting that the result depends on, so that a file may be gone on with after
-    an interruption, with other settings, or with more texts. It does not know the code: after a
-    change there, begin a new file. Without a path nothing is kept.
-    Raises ValueError, KeyError or TypeError for a file of something else, which stays as it is.
+    A key holds every setting that the result depends on. So a later run with the same file uses
+    what is there, also with other settings or more texts. A key does not know the code: after a
+    change there, begin a new file. Without a path nothing is kept. Raises UserError for a file that
+    holds something else; that file stays as it is.
     """
 
     def __init__(self, path: Path | None):
         self.path, self.found = path, {}
-        if path is None or not path.exists():
-            return
-        whole = path.read_bytes()
-        ended = whole[: whole.rfind(b"\n") + 1]
-        torn = whole[len(ended) :]  # what killed us may have cut the last line short
-        for line in ended.decode().splitlines():
-            entry = json.loads(line)
-            self.found[_name(entry["key"])] = entry["result"]
-        if torn:
-            if not (torn.startswith(HEAD) or HEAD.startswith(torn)):
-                raise ValueError(f"{path} does not end in a line of results")
-            os.truncate(path, len(ended))  # only now: a file that is not ours stays as it is
+        if path is not None:
+            read_lines(path, HEAD, self._accept)
+
+    def _accept(self, number: int, entry) -> None:
+        self.found[_name(entry["key"])] = entry["result"]
 
     def get(self, key: dict) -> dict | None:
         return self.found.get(_name(key))
 
     def put(self, key: dict, result: dict) -> dict:
+        """Raises UserError where the line cannot be written."""
         self.found[_name(key)] = result
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "result": result}) + "\n")
+            with Appender(self.path) as file:
+                file.write(json.dumps({"key": key, "result": result}))
         return result
 
 
 def write_json(path: Path | None, args: Namespace, facts: dict) -> None:
-    """Figures with every setting of the command; nothing without a path."""
-    if path is not None:
-        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-        text = json.dumps({"settings": settings, **facts}, indent=1)
+    """Writes the figures with every setting of the command; nothing without a path.
+
+    Raises UserError where the file cannot be written.
+    """
+    if path is None:
+        return
+    settings = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
+    text = json.dumps({"settings": settings, **facts}, indent=1)
+    with writing(path):
         path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -63,8 +66,8 @@ def mean_with_interval(sums: Sequence, counts: Sequence, seed: int = 0) -> list[
     """[mean, low, high]: the mean over all items and its 95 % interval by block bootstrap.
 
     sums, counts: (blocks,), the sum over a block's items and how many they are. Neighbours in a
-    text are alike, so what is drawn, with replacement, are blocks and not items. For a paired
-    interval give the blocks' differences as `sums`.
+    text are alike, so the bootstrap draws blocks, not items. For a paired interval give the
+    blocks' differences as `sums`.
     """
     sums, counts = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(DRAWS, len(sums)))

@@ -1,0 +1,1 @@
+"""Memory by batch size, and time and memory over a long text."""

@@ -1,18 +1,17 @@
-"""One sequence, 100,000 tokens: does time per token or memory grow, do the invariants drift?
+"""One sequence of 100,000 tokens: do time per token and memory grow, do the invariants hold?
 
     python -m benchmarks.memory.long_run [--tokens 100000] [--budget 512] [--json FILE]
 
-The model is tiny and random, so that what is measured is the cache and the engine, not matrix
-products; it has fewer positions than the text has tokens, so positions are compact. Time per token
-near the start and at the end is compared fairly: the cache as it was at 2,000 tokens is put aside,
-and after the last token short windows from that one and from the last one take turns, each on a
-copy; what is compared is the medians over all tokens of all windows. The invariants are checked
-every 1,000 tokens: budget, positions, storage, scores, and keys against positions.
+The model is tiny and random, so most of the time goes to the cache and the engine, not to matrix
+products. It has fewer positions than the text has tokens, so positions are compact. Time per token
+near the start and at the end is compared in turns: the cache at 2,000 tokens is copied; after the
+last token, short windows run from that copy and from the final cache alternately, each on a copy of
+its own. The medians over all tokens of all windows are compared. The invariants are checked every
+1,000 tokens: budget, positions, storage, scores.
 """
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from itertools import pairwise
@@ -20,7 +19,10 @@ from pathlib import Path
 
 import torch
 
-from lethe_mini import Engine, Lethe
+from benchmarks.common.commands import user_errors
+from benchmarks.common.hardware import hardware, resident_bytes
+from benchmarks.common.results import write_json
+from lethe_mini import Engine, LethePlus
 from lethe_mini.cache import blocks
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.generation.stats import allocated, kv_bytes
@@ -51,36 +53,31 @@ def tiny_engine() -> Engine:
     return Engine(model)
 
 
-def resident() -> int:
-    """Bytes that the process has in memory now; 0 where the system does not say (no Linux)."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
-
-
-def check(cache, policy: Lethe) -> None:
-    """The invariants. Between two rounds a layer grows by `interval` tokens at most."""
+def check_invariants(cache, policy: LethePlus) -> None:
+    """Raises AssertionError where one does not hold. A layer grows by at most `interval` tokens
+    between two rounds."""
     layers = cache.layers
-    assert cache.held <= len(layers) * (policy.budget + policy.interval), "more than the budget"
+    held, most = cache.held, len(layers) * (policy.budget + policy.interval)
+    assert held <= most, f"the layers hold {held} tokens, more than {most}"
+    first = torch.arange(policy.sinks)
     for layer in layers:
         positions, length = layer.positions[0], layer.lengths[0]
-        assert positions.shape[-1] == length, "as many positions as tokens"
-        assert (positions.diff() > 0).all(), "positions rise"
-        assert (positions[:, : policy.sinks] == torch.arange(policy.sinks)).all(), "sinks are there"
-        assert (positions[:, -1] == cache.seen[0] - 1).all(), "the last token is there"
-        assert layer.capacity <= blocks(length + policy.interval), "no more room than blocks"
-        assert all(not t[:, :, length:].any() for t in layer.store.values()), "nothing beyond"
+        beyond = [tensor[:, :, length:] for tensor in layer.store.values()]
+        assert positions.shape[-1] == length, "there are not as many positions as tokens"
+        assert (positions.diff() > 0).all(), "positions do not ascend"
+        assert (positions[:, : policy.sinks] == first).all(), "a sink is gone"
+        assert (positions[:, -1] == cache.seen[0] - 1).all(), "the last token is gone"
+        assert layer.capacity <= blocks(length + policy.interval), "capacity exceeds what is needed"
+        assert not any(part.any() for part in beyond), "storage beyond the length is not zero"
         for tensor in (layer.keys, layer.values, layer.scores):
-            assert tensor.isfinite().all(), "numbers"
-        assert (layer.scores >= 0).all(), "scores are sums"
+            assert tensor.isfinite().all(), "a number is not finite"
+        assert (layer.scores >= 0).all(), "a score is negative"
 
 
 class Watch:
-    """What is looked at while the text grows: memory and invariants."""
+    """Records memory and checks the invariants while the text grows."""
 
-    def __init__(self, policy: Lethe, points: set[int]):
+    def __init__(self, policy: LethePlus, points: set[int]):
         self.policy, self.points = policy, points
         self.memory: list[dict] = []
         self.checks = 0
@@ -88,16 +85,16 @@ class Watch:
     def on_step(self, cache) -> None:
         seen = cache.seen[0]
         if seen % CHECK == 0:
-            check(cache, self.policy)
+            check_invariants(cache, self.policy)
             self.checks += 1
         if seen in self.points:
             facts = {"tokens": seen, "held": cache.held, "kv_bytes": kv_bytes(cache)}
-            facts |= {"allocated": allocated(cache), "resident": resident()}
+            facts |= {"allocated": allocated(cache), "resident": resident_bytes()}
             self.memory.append(facts)
 
 
 def grow(engine, policy, cache, tokens: int, watch: Watch) -> None:
-    """Goes on with the cache until it has seen `tokens`."""
+    """Decodes until the cache has seen `tokens`."""
     new = tokens - cache.seen[0]
     options = {"positions": "compact", "temperature": 1.0, "cache": cache}
     engine.generate([[1]], policy, max_new_tokens=new, on_step=watch.on_step, **options)
@@ -115,19 +112,19 @@ def window(engine, policy, cache) -> list[float]:
 
 
 def measure(tokens: int, budget: int, windows: int) -> dict:
-    engine, policy = tiny_engine(), Lethe(budget=budget)
+    engine, policy = tiny_engine(), LethePlus(budget=budget)
     cache = engine.new_cache(policy, "compact")
-    # Looked at where a cache is fullest, a token before a round.
+    # Memory is looked at where a cache is fullest, a token before a round.
     points = {EARLY, *(tokens * i // 10 for i in range(1, 11))}
     watch = Watch(policy, {n - n % policy.interval - 1 for n in points})
     start = time.perf_counter()
-    # generate's last token is not read, so a segment ends one short of its goal
+    # The last token that `generate` draws is never read, so a segment ends one token early.
     grow(engine, policy, cache, EARLY + 1, watch)
     with torch.inference_mode():
         early = copy.deepcopy(cache)
     grow(engine, policy, cache, tokens, watch)
     seconds = time.perf_counter() - start
-    check(cache, policy)
+    check_invariants(cache, policy)
     first, last = [], []
     for _ in range(windows):
         first += window(engine, policy, early)
@@ -145,8 +142,7 @@ def measure(tokens: int, budget: int, windows: int) -> dict:
         "windows": windows,
         "checks": watch.checks,
         "memory": watch.memory,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
     }
 
 
@@ -168,24 +164,25 @@ def show(facts: dict) -> str:
         f"{facts['checks']} checks of the invariants passed",
         f"time per token at {EARLY:,}: median {early:.3f} ms (mean {mean[0]:.3f}); at the end: "
         f"median {late:.3f} ms (mean {mean[1]:.3f}); ratio of medians {facts['ratio']:.3f}",
-        f"torch {facts['torch']}, {facts['threads']} threads",
+        facts["hardware"],
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=100_000, help="default: %(default)s")
-    parser.add_argument("--budget", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--windows", type=int, default=8, help="of each kind (default: 8)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--tokens", type=int, default=100_000, help="default: %(default)s")
+    add("--budget", type=int, default=512, help="tokens per layer (default: %(default)s)")
+    add("--windows", type=int, default=8, help="early and late, each (default: %(default)s)")
+    add("--json", type=Path, help="also write the figures, with every setting, to this file")
+    args = parser.parse_args(argv)
     if args.tokens <= EARLY + 1:
         parser.error(f"--tokens should be above {EARLY + 1:,}")
-    facts = measure(args.tokens, args.budget, args.windows)
-    print(show(facts))
-    if args.json is not None:
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    with user_errors():
+        facts = measure(args.tokens, args.budget, args.windows)
+        print(show(facts))
+        write_json(args.json, args, facts)
 
 
 if __name__ == "__main__":

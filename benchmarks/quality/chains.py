@@ -1,10 +1,10 @@
-"""Problems of lethe_mini/tasks.py, in batches, under a policy: solved by writing, or read.
+"""The reasoner's problems in batches, under a policy: written, or read.
 
 `write` decodes greedily with the engine. `read` is given the right chain, in chunks between rounds
-(reading.py), and looks where the likeliest token is another. The chain is unique, so the two agree:
-decoding writes the chain if and only if reading finds no error in it. For up to the first error
-what is written is what is read, and with it scores, rounds and what is held. tests/test_reason.py
-holds them equal.
+(reading.py), and finds the tokens where another one is likelier. There is one right chain, so
+decoding writes it if and only if reading finds no error in it. Up to the first error, what is
+written equals what is read, and so do scores, rounds and tokens held. tests/benchmarks/
+test_reason.py holds the two equal.
 """
 
 import copy
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from benchmarks.quality.reading import CHUNK, read_on
 from lethe_mini import Engine
-from lethe_mini.cache import KVCache
+from lethe_mini.cache import KVCache, Notes
 from lethe_mini.policy import Policy
-from lethe_mini.reasoner.problems import Problem, check, problem
+from lethe_mini.reasoner.problems import Problem, problem, solved
 
-COPIES = 3  # of the same, that make a loop
+COPIES = 3  # so many copies make a loop
 
 
 def draw(family: str, number: int, seed: str, sizes: range) -> Problem:
-    """Problem `number` of a family, of a size that is drawn evenly from `sizes`."""
+    """Problem `number` of a family; its size is drawn evenly from `sizes`."""
     rng = random.Random(f"{seed}-{family}-{number}")
     return problem(family, rng, rng.choice(sizes))
 
 
 def loops(text: str) -> bool:
-    """Does a line stand there three times, or does the text end in three copies of some words?
+    """Does the text have a line three times, or does it end in three copies of some words?
 
-    A right chain has no line twice, for its lines are numbered.
+    A right chain has no line twice, since its lines are numbered.
     """
     if Counter(text.split("\n")).most_common(1)[0][1] >= COPIES:
         return True
@@ -41,6 +41,12 @@ def loops(text: str) -> bool:
     return any(
         words[-COPIES * n :] == words[-n:] * COPIES for n in range(1, len(words) // COPIES + 1)
     )
+
+
+def common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common before they part."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Batch:
@@ -52,7 +58,7 @@ class Batch:
         encode, (end,) = engine.text.encode, engine.text.eos_ids
         self.prompts = [encode(one.prompt) for one in self.problems]
         self.chains = [[*encode(one.chain), end] for one in self.problems]
-        self._prefilled: dict[tuple, tuple[KVCache, Tensor]] = {}
+        self._prefilled: dict[Notes, tuple[KVCache, Tensor]] = {}
 
     @property
     def prompt(self) -> int:
@@ -70,40 +76,44 @@ class Batch:
         return self.chain + sum(map(len, self.prompts)) / len(self.prompts)
 
     def held(self, tokens: list[int], budget: int | None = None, interval: int = 1) -> float:
-        """Slots held per layer, mean over all steps, where sequence b writes tokens[b]: by the full
-        cache, or by a policy that keeps its budget at every round and everything in between.
+        """Slots held per layer, as a mean over all steps, where sequence b writes tokens[b].
 
-        What is last written is never read. A step sees the tokens before it and its own.
+        That is in the full cache, or under a policy that keeps its whole budget at every round, and
+        everything in between. A step sees the tokens before it and its own. The last token that is
+        written is never read.
         """
         total = steps = 0
         for prompt, count in zip(map(len, self.prompts), tokens, strict=True):
             for step in range(1, count):
                 since = (step - 1) % interval + 1  # tokens since the last round
                 kept = prompt + step - since
-                total += since + (kept if budget is None else min(kept, budget))
+                if budget is not None:
+                    kept = min(kept, budget)
+                total += since + kept
             steps += count - 1
         return total / max(1, steps)
 
     # -- writing ------------------------------------------------------------------------------
 
     def write(self, policy: Policy, room: float) -> dict:
-        """Greedy decoding, of at most `room` times the right chain's tokens. Per problem: was the
-        answer right, was the chain, and up to which token; tokens written, did it loop, did the
-        room end it. `held` and `full`: slots per layer, mean over `steps`, held and in a full
-        cache."""
+        """Decodes greedily, at most `room` times as many tokens as the right chain has.
+
+        Per problem: was the answer right (`solved`), was the whole chain (`exact`), the number of
+        right tokens before the first wrong one (`first`), the number of tokens written, did the
+        text loop, was it cut off. `held`, `full`: slots per layer as a mean over `steps`, held and
+        in a full cache.
+        """
         limits = [round(room * len(chain)) for chain in self.chains]
         made = self.engine.generate(self.prompts, policy, limits)
         if any(one.finish_reason == "interrupted" for one in made.sequences):
-            raise KeyboardInterrupt  # which the engine answers with what there is
+            raise KeyboardInterrupt  # the engine has caught it and returned a part
         pairs = list(zip(made.sequences, self.problems, strict=True))
         tokens = [one.generated_tokens for one, _ in pairs]
+        written = [one.token_ids for one, _ in pairs]
         return {
-            "solved": [one.finish_reason == "stop" and check(p, one.text) for one, p in pairs],
+            "solved": [one.finish_reason == "stop" and solved(p, one.text) for one, p in pairs],
             "exact": [one.finish_reason == "stop" and one.text == p.chain for one, p in pairs],
-            "first": [
-                sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*both, strict=False)))
-                for both in zip((one.token_ids for one, _ in pairs), self.chains, strict=True)
-            ],
+            "first": [common(*both) for both in zip(written, self.chains, strict=True)],
             "tokens": tokens,
             "looped": [loops(one.text) for one, _ in pairs],
             "truncated": [one.finish_reason != "stop" for one, _ in pairs],
@@ -116,12 +126,14 @@ class Batch:
 
     @torch.inference_mode()
     def read(self, policy: Policy, whole: bool = True) -> dict:
-        """The right chains, teacher-forced. Per problem: was every token the likeliest, the first
-        that was not (or how many there are), and of those read (`tokens`) how many were `wrong` and
-        minus the sum of their log-probabilities, `nats`. `held` and `full` as by `write`. Unless
-        `whole`, a chain is left soon after its first error."""
+        """Reads the right chains. whole: to their ends, also behind an error.
+
+        Per problem: was every token the likeliest one (`exact`), the place of the first that was
+        not, or the chain's length (`first`), and of the `tokens` that were read how many were
+        `wrong`, and their negative log-likelihood in `nats`. `held`, `full`: see `write`.
+        """
         for prompt in self.prompts:
-            policy.check(len(prompt))
+            policy.check_prompt(len(prompt))
         cache, last = self.prefilled(policy)
         if any(due := policy.due(cache, prefilled=True)):
             policy.round(cache, due)
@@ -131,7 +143,7 @@ class Batch:
         live, read, held = list(range(count)), 0, 0.0
 
         def note(logits: Tensor, begin: int) -> None:
-            """logits (rows, T, vocab) of the chains' tokens from `begin` on."""
+            """Counts errors; logits: (rows, T, vocab) for the chains' tokens from `begin` on."""
             T = logits.shape[1]
             targets = self._tokens(live, begin, T)
             slots = torch.arange(begin, begin + T, device=self.engine.device)
@@ -153,7 +165,7 @@ class Batch:
             logits = read_on(self.engine, policy, cache, self._tokens(live, read, T))
             note(logits, read + 1)
             for row, slots in zip(live, before, strict=True):
-                n = min(T, len(self.chains[row]) - 1 - read)  # what is last is never read
+                n = min(T, len(self.chains[row]) - 1 - read)  # the last token is never read
                 held += n * slots / len(cache.layers) + n * (n + 1) / 2
                 tokens[row] += n
             read += T
@@ -185,9 +197,11 @@ class Batch:
         return torch.tensor(padded, device=self.engine.device)
 
     def prefilled(self, policy: Policy) -> tuple[KVCache, Tensor]:
-        """A cache that holds the prompts, as no round has touched it yet, and the logits behind
-        them, (B, 1, vocab). The same for all policies whose caches note the same things."""
-        key = tuple(sorted(policy.notes().items()))
+        """A cache with the prompts before any round, and the logits behind them, (B, 1, vocab).
+
+        Policies whose caches note the same things share one prefill.
+        """
+        key = policy.notes()
         if key not in self._prefilled:
             caches, logits = [], []
             for ids in self.prompts:
@@ -196,7 +210,7 @@ class Batch:
                 tokens = torch.tensor([ids], device=self.engine.device)
                 logits.append(self.engine.model(tokens, cache=cache, last_only=True))
                 caches.append(cache)
-            while len(caches) > 1:  # by halves: every join moves all it has
+            while len(caches) > 1:  # in pairs, since every join moves all that it has
                 pairs = [caches[i : i + 2] for i in range(0, len(caches), 2)]
                 for one, *other in pairs:
                     if other:
@@ -210,7 +224,7 @@ class Batch:
 def batches(
     engine: Engine, family: str, sizes: range, seed: str, count: int, batch: int
 ) -> list[Batch]:
-    """`count` problems in batches of like size, about as many in each."""
+    """`count` problems, sorted by size, in batches of about as many each."""
     problems = [(number, draw(family, number, seed, sizes)) for number in range(count)]
     problems.sort(key=lambda pair: pair[1].size)
     parts = -(-count // batch)

@@ -1,62 +1,55 @@
-"""What is compared: policies by name, at budgets of which as much is kept as they allow."""
+"""What is compared: policies by name, at budgets with which each holds equally many tokens."""
 
 import hashlib
-import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from lethe_mini import Lethe
+from lethe_mini import FullKV, Lethe, LethePlus, Policy
 from lethe_mini.checkpoint.load import resolve
+from lethe_mini.jsonlines import digest
 from lethe_mini.policies import POLICIES
-from lethe_mini.policy import FullKV, Policy
 
 BUDGETS = ["5%", "10%", "25%", "50%"]
 TOLERANCE, TRIES = 0.02, 5  # of what a budget allows; readings of a text to come that near
+PROTECT = {"no": [False], "yes": [True], "both": [False, True]}  # what --protect asks for
 
-# The parts of Lethe one by one. All parameters that are varied are written out, so that a name
+# The parts of LethePlus one by one. Every parameter that varies is written out, so that a name
 # means the same whatever the defaults are.
 PLAIN = {
-    "knee": "none",
+    "breakpoint": "none",
     "allocation": "uniform",
     "gamma": 0.98,
-    "granularity": "layer",
+    "per_head": False,
     "value_norm": False,
     "even_share": 0.0,
     "cap": 0.0,
     "lag": 0,
     "distinct_ratio": 0.0,
 }
-CHOICES: dict[str, tuple[Callable[..., Policy], dict]] = {
+COMBINED = {"allocation": "inverse_hoyer", "gamma": 0.995, "per_head": True, "value_norm": True}
+CHOICES: dict[str, tuple[type[Policy], dict]] = {
     "full": (FullKV, {}),
     **{name: (POLICIES[name], {}) for name in ("random", "streaming", "h2o", "tova")},
     **{name: (POLICIES[name], {}) for name in ("snapkv", "pyramidkv", "rkv")},
     "lethe": (Lethe, {}),
-    "paper": (Lethe.paper, {}),
-    "uniform": (Lethe, PLAIN),
-    "hoyer": (Lethe, PLAIN | {"allocation": "hoyer"}),
-    "hoyer-even": (Lethe, PLAIN | {"allocation": "hoyer", "even_share": 0.5}),
-    "inverse": (Lethe, PLAIN | {"allocation": "inverse_hoyer"}),
-    "pyramid": (Lethe, PLAIN | {"allocation": "pyramid"}),
-    "slow": (Lethe, PLAIN | {"gamma": 0.995}),
-    "head": (Lethe, PLAIN | {"granularity": "head"}),
-    "values": (Lethe, PLAIN | {"value_norm": True}),
-    "slow-head": (Lethe, PLAIN | {"gamma": 0.995, "granularity": "head"}),
-    "combined": (
-        Lethe,
-        PLAIN
-        | {
-            "allocation": "inverse_hoyer",
-            "gamma": 0.995,
-            "granularity": "head",
-            "value_norm": True,
-        },
-    ),
+    "lethe-plus": (LethePlus, {}),
+    "uniform": (LethePlus, PLAIN),
+    "hoyer": (LethePlus, PLAIN | {"allocation": "hoyer"}),
+    "hoyer-even": (LethePlus, PLAIN | {"allocation": "hoyer", "even_share": 0.5}),
+    "inverse": (LethePlus, PLAIN | {"allocation": "inverse_hoyer"}),
+    "pyramid": (LethePlus, PLAIN | {"allocation": "pyramid"}),
+    "slow": (LethePlus, PLAIN | {"gamma": 0.995}),
+    "head": (LethePlus, PLAIN | {"per_head": True}),
+    "values": (LethePlus, PLAIN | {"value_norm": True}),
+    "slow-head": (LethePlus, PLAIN | {"gamma": 0.995, "per_head": True}),
+    "combined": (LethePlus, PLAIN | COMBINED),
 }
 
 
 @dataclass
 class Cell:
-    """A choice under one condition. policy: None where `why` it cannot be."""
+    """A choice under one condition. policy: None where there can be none; `why` says the reason."""
 
     choice: str
     budget: str  # as asked for
@@ -70,19 +63,30 @@ class Cell:
 
 
 def tokens_of(budget: str, length: int) -> int:
-    """ "128" is tokens, "10%" a part of a text of so many."""
-    return round(length * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
+    """A budget as a number of tokens: "128" is one, "10%" a part of a text of `length` tokens."""
+    if budget.endswith("%"):
+        return round(length * float(budget[:-1]) / 100)
+    return int(budget)
 
 
 def budget_text(text: str) -> str:
-    """A budget as it may be asked for; else ValueError, which argparse reports."""
-    tokens_of(text, 1)
+    """A budget of the command line as it stands. Raises ArgumentTypeError for what is none."""
+    number = text.removesuffix("%")
+    try:
+        fits = 0 < float(number) <= 100 if text.endswith("%") else 0 < int(number) < 2**31
+    except ValueError:
+        fits = False
+    if not fits:
+        known = "a number of tokens such as 512, or a share such as 10%"
+        raise ArgumentTypeError(f"should be {known}, not {text!r}")
     return text
 
 
 def at_rounds(result: dict, budget: int | None) -> tuple[float, float]:
-    """Means of what was kept and of what so large a budget allows, from the result's `rounds`:
-    (tokens seen, tokens kept) of each, which are taken out of it."""
+    """What was kept, and what the budget allows, as means over rounds.
+
+    Takes `rounds` out of the result: for every round, the tokens seen and the tokens kept.
+    """
     rounds = result.pop("rounds")
     kept = sum(held for _, held in rounds) / len(rounds)
     return kept, sum(min(seen, budget or seen) for seen, _ in rounds) / len(rounds)
@@ -94,11 +98,12 @@ def at_equal_budget(
     read: Callable[[Policy], dict],
     measure: Callable[[dict, int | None], tuple[float, float]] = at_rounds,
 ) -> dict:
-    """Reads with the budget, `start` at first, at which as much is kept as the policy's allows.
+    """Reads with a budget with which the policy keeps as much as its own budget allows.
 
-    read(policy) -> a result. measure(result, the policy's budget) -> what it kept and what it
-    should have. Both are added to the result, as `kept` and `allowed`, and the budget it was read
-    with, as `nominal`.
+    A policy with a breakpoint may keep less than its budget. Then the budget is raised and the text
+    is read again. start: the budget to begin with (default: the policy's). read(policy) -> a
+    result. measure(result, the policy's budget) -> what it kept, and what it should keep. The
+    result gets both, as `kept` and `allowed`, and the budget it was read with, as `nominal`.
     """
     budget = getattr(policy, "budget", None)
     nominal = start or budget
@@ -113,19 +118,28 @@ def at_equal_budget(
 
 
 def show(value: list[float] | None) -> str:
+    """A mean and its interval."""
     return "" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(*value)
 
 
+def prompt_column(row: dict) -> str:
+    """Was the prompt protected? Empty for the full cache, which keeps all."""
+    if row["choice"] == "full":
+        return ""
+    return "protected" if row["protect"] else "free"
+
+
 def markdown(rows: list[dict], names: dict[str, str], held: Callable[[dict], str]) -> str:
-    """A table of rows: choice, prompt, budget, what held(row) says, and of every name, under its
-    heading, a mean and its interval."""
+    """A table with a line per row: choice, prompt, budget, held(row), then figures.
+
+    names: a row's keys, each with its heading; a figure is a mean and its interval.
+    """
     lines = [
         "| choice | prompt | budget | holds | " + " | ".join(names.values()) + " |",
         "|---|---|---:|---:|" + "---|" * len(names),
     ]
     for row in rows:
-        prompt = "" if row["choice"] == "full" else "protected" if row["protect"] else "free"
-        start = f"| {row['choice']} | {prompt} | {row['budget']} |"
+        start = f"| {row['choice']} | {prompt_column(row)} | {row['budget']} |"
         if "error" in row:
             lines.append(f"{start} | {row['error']} |" + " |" * (len(names) - 1))
             continue
@@ -135,11 +149,6 @@ def markdown(rows: list[dict], names: dict[str, str], held: Callable[[dict], str
 
 
 def weights_of(model: str) -> str:
-    """Names a checkpoint's weights, whatever their folder is called."""
+    """A short name for a checkpoint's weights, whatever their folder is called."""
     files = sorted(resolve(model).glob("*.safetensors"))
     return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
-
-
-def digest(ids: list[int]) -> str:
-    """Names a text."""
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]

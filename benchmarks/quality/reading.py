@@ -1,17 +1,16 @@
-"""Reading a given text under a policy, a chunk at a time; and texts to read.
+"""Reading a given text under a policy, chunk by chunk; and texts to read.
 
-Where the text is given, nothing needs to go token by token: the tokens between two rounds can be
-run at once, under the causal mask. For T tokens in one chunk arXiv 2511.06029, eq. 5, is
+A given text need not go token by token: all tokens between two rounds can run at once, under the
+causal mask. For a chunk of T tokens, arXiv 2511.06029, eq. 5 becomes
 
     s_T[j] = gamma^T * s_0[j] + sum over queries i = 1 .. T of gamma^(T - i) * A_i[j]
 
-so old scores fade by gamma^T, and a query's mass by its distance from the chunk's end. Rounds fall
-where the engine's do: after the prompt and every `interval` tokens from there. The two are held
-equal by tests/test_quality.py.
+So old scores fade by gamma^T, and a query's mass by its distance from the end of the chunk. Rounds
+come where the engine's come: behind the prompt, and every `interval` tokens from there on.
+tests/benchmarks/test_quality.py holds the two equal.
 """
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,14 +21,15 @@ from torch import Tensor
 
 from lethe_mini import Engine, attention
 from lethe_mini.cache import KVCache
-from lethe_mini.policy import Policy
+from lethe_mini.errors import UserError
+from lethe_mini.policy import Lethe, Policy
 
-CHUNK = 128  # most tokens at once where no round ends a chunk, as in a long prompt
+CHUNK = 128  # most tokens at once, also where no round ends a chunk, as in a long prompt
 
 
 @contextmanager
 def fading_mass(weights: Tensor) -> Iterator[None]:
-    """Inside, a query's mass counts as much as its weight; weights: (T, 1), for chunks of T."""
+    """Inside, the mass of a query counts by its weight. weights: (T, 1), for chunks of T tokens."""
     plain = attention.received_mass
     attention.received_mass = partial(plain, weights=weights)
     try:
@@ -39,12 +39,16 @@ def fading_mass(weights: Tensor) -> Iterator[None]:
 
 
 def read_on(engine: Engine, policy: Policy, cache: KVCache, tokens: Tensor, **options) -> Tensor:
-    """tokens (B, T) behind the prompt -> logits (B, T, vocab). The cache is left as by T steps of
-    the engine, but for the rounds."""
-    gamma, T = policy.gamma, tokens.shape[1]
-    if gamma is None:
+    """tokens (B, T) behind the prompt -> logits (B, T, vocab).
+
+    Leaves the cache as T steps of the engine leave it, but for rounds.
+    """
+    if not policy.scored:
         return engine.model(tokens, cache=cache, **options)
-    cache.decay(gamma**T)
+    T, gamma = tokens.shape[1], 1.0
+    if isinstance(policy, Lethe):
+        gamma = policy.gamma
+    torch._foreach_mul_(cache.scores, gamma**T)
     ages = torch.arange(T - 1, -1, -1, device=engine.device)
     with fading_mass((gamma**ages)[:, None]):
         return engine.model(tokens, cache=cache, **options)
@@ -53,21 +57,21 @@ def read_on(engine: Engine, policy: Policy, cache: KVCache, tokens: Tensor, **op
 class Reader:
     """One text, its cache and its rounds.
 
-    The first `prompt` tokens are the prompt: one update of the scores, undecayed, then a round.
-    rounds: wherever a round falls, also one that is not due for want of tokens: (tokens seen,
-    tokens per layer held after it, on average over layers).
+    The first `prompt` tokens are the prompt: one update of the scores without decay, then a round.
+    rounds: (tokens seen, tokens held per layer on average) behind every round, also behind one that
+    was not due because the sequence was short.
     """
 
     def __init__(self, engine: Engine, policy: Policy, prompt: int):
-        policy.check(prompt)
+        policy.check_prompt(prompt)
         self.engine, self.policy, self.cache = engine, policy, engine.new_cache(policy)
         self.cache.prompt = [prompt]
         self.interval = getattr(policy, "interval", CHUNK)
         self.rounds: list[tuple[int, float]] = []
 
     def read(self, ids: list[int], last_only: bool = False) -> Iterator[Tensor]:
-        """Reads on; for every chunk its logits (T, vocab), or of its last token alone (1, vocab).
-        Where one call ends and the next begins changes nothing."""
+        """Reads on. Yields every chunk's logits: (T, vocab), or (1, vocab) of its last token alone.
+        A text may be read in several calls; where one ends changes nothing."""
         while ids:
             new = self.cache.seen[0] - self.cache.prompt[0]
             to_round = -new if new < 0 else self.interval - new % self.interval
@@ -97,10 +101,10 @@ SPLITS = ("choose", "report")
 
 
 def split_topics(split: str, seed: int) -> list[str]:
-    """The texts of Python's own help, half of them for choosing and half for reporting.
+    """The texts of Python's own help; one half is for choosing, the other for reporting.
 
-    Topics repeat each other, so a paragraph counts once, in the longest topic that has it: no
-    paragraph is in both halves. By length, topics go in pairs, one to each half by the seed.
+    Topics share paragraphs. Only the longest topic that has a paragraph keeps it, so that none is
+    in both halves. Topics are sorted by length and go in pairs, one of each pair to each half.
     """
     met: set[str] = set()
     texts = []
@@ -123,7 +127,7 @@ def split_topics(split: str, seed: int) -> list[str]:
 
 
 def token_stream(engine: Engine, split: str, seed: int) -> list[int]:
-    """All texts of a half, one behind the other."""
+    """All texts of a half, joined."""
     return [
         token
         for text in split_topics(split, seed)
@@ -132,9 +136,10 @@ def token_stream(engine: Engine, split: str, seed: int) -> list[int]:
 
 
 def stretches(engine: Engine, split: str, seed: int, count: int, tokens: int) -> list[list[int]]:
-    """`count` stretches of `tokens` ids, one behind the other, each with the next one's first id
-    at its end, to be predicted. Raises SystemExit where there are not as many."""
+    """`count` stretches of `tokens` ids, one behind the other. Each has the next one's first id at
+    its end, to be predicted. Raises UserError where the texts are too short."""
     stream = token_stream(engine, split, seed)
     if count * tokens >= len(stream):
-        sys.exit(f"{split} has {len(stream):,} tokens, not {count} x {tokens:,}: ask for fewer")
+        asked = f"{count} texts of {tokens:,} tokens"
+        raise UserError(f"{split} has {len(stream):,} tokens, too few for {asked}; ask for fewer")
     return [stream[i * tokens : (i + 1) * tokens + 1] for i in range(count)]

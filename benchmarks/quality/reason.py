@@ -1,10 +1,10 @@
-"""The reasoner under every policy: `quality.py reason`, and what ablation.py shares with it.
+"""The reasoner under every policy: `run.py reason`, and what it shares with ablation.py.
 
-Budgets are a percentage of a problem's text, prompt and chain, on average over a batch of problems
-of about one size. A prompt that is protected comes on top, and the percentage is of the chain: a
-program takes up to a third of its text, and most budgets could not hold it. What was really held is
-measured, as a mean over layers and all tokens written, and shown as a share of what the full cache
-holds at the same tokens.
+A budget is a percentage of a problem's text, that is prompt and chain, as a mean over a batch of
+problems of about one size. A protected prompt is held on top, and the percentage is of the chain
+alone, for a prompt takes up to a third of its text, which most budgets could not hold. The number
+of tokens really held is measured, as a mean over layers and all tokens written. Tables show it
+beside its share of what the full cache holds at the same tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,54 +16,54 @@ from benchmarks.common.results import Lines, mean_with_interval, wilson
 from benchmarks.quality.chains import Batch, batches
 from benchmarks.quality.choices import (
     CHOICES,
+    PROTECT,
     at_equal_budget,
-    digest,
     markdown,
     tokens_of,
     weights_of,
 )
-from lethe_mini import Engine, Lethe
+from lethe_mini import Engine, FullKV, Lethe, Policy, SnapKV
 from lethe_mini.errors import UserError
-from lethe_mini.policies import SnapKV
-from lethe_mini.policy import FullKV, Policy
+from lethe_mini.jsonlines import digest
 from lethe_mini.reasoner.problems import BEYOND, TRAINED
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A policy under one condition; its budget follows from the problems."""
+    """A policy under one condition; its budget in tokens depends on the problems."""
 
     choice: str
-    make: Callable[..., Policy]
+    make: type[Policy]
     changes: dict
     budget: str  # as asked for: "128" or "10%"
     protect: bool
-    interval: int  # that the budget is meant for; the policy's own unless `changes` says otherwise
+    interval: int  # of the policy, unless `changes` has another; the budget allows for this one
     sinks: int
 
     def policy(self, batch: Batch) -> Policy:
-        """Raises UserError where there can be none."""
+        """The policy for a batch. Raises UserError for a budget that is too small."""
         if self.make is FullKV:
             return FullKV()
-        room = tokens_of(self.budget, batch.chain if self.protect else batch.length)
-        if isinstance(self.make, type) and issubclass(self.make, SnapKV):
-            # Its last queries' tokens are always kept. They are to be a part of the room, not more.
-            default = self.make.__dataclass_fields__["window"].default
-            changes = {"window": max(1, min(default, room // 4))} | self.changes
+        options = {"interval": self.interval, "sinks": self.sinks, "protect_prompt": self.protect}
+        if self.protect:
+            room = tokens_of(self.budget, batch.chain)
+            budget = room + batch.prompt
         else:
-            changes = self.changes
-        common = {"interval": self.interval, "sinks": self.sinks, "protect_prompt": self.protect}
-        budget = room + (batch.prompt if self.protect else 0)
-        policy = self.make(budget=budget, **(common | changes))
-        policy.check(batch.prompt)
+            budget = room = tokens_of(self.budget, batch.length)
+        if issubclass(self.make, SnapKV):
+            # It always keeps the tokens of its last queries. They should take a part of the room.
+            default = self.make.__dataclass_fields__["window"].default
+            options["window"] = max(1, min(default, room // 4))
+        policy = self.make(budget=budget, **(options | self.changes))
+        policy.check_prompt(batch.prompt)
         return policy
 
 
 def arms_of(args) -> list[Arm]:
-    """The full cache, then every choice at every budget, unprotected and protected."""
+    """The full cache, then every choice at every budget, without and with a protected prompt."""
     arms = [Arm("full", FullKV, {}, "", False, args.interval, args.sinks)]
     for budget in args.budget:
-        for protect in {"no": [False], "yes": [True], "both": [False, True]}[args.protect]:
+        for protect in PROTECT[args.protect]:
             arms += [
                 Arm(choice, *CHOICES[choice], budget, protect, args.interval, args.sinks)
                 for choice in args.choice
@@ -72,15 +72,15 @@ def arms_of(args) -> list[Arm]:
 
 
 def measured(batch: Batch, arm: Arm, way: Callable[[Policy], dict], whole: bool) -> dict:
-    """The batch's result under the arm, with the budget at which as much is held as is allowed.
+    """The batch's result under the arm, with a budget with which it holds as much as is allowed.
 
-    whole: `way` reads the right chains from end to end. Else that budget is found beforehand: by
-    reading where a breakpoint may keep less, otherwise by counting.
+    way: measures under a policy. whole: it reads the right chains from end to end. Otherwise the
+    budget is found beforehand: by reading, where a breakpoint may keep less, or else by counting.
     """
     policy, right = arm.policy(batch), [len(chain) for chain in batch.chains]
 
     def measure(result: dict, budget: int | None) -> tuple[float, float]:
-        """Without the tokens since the last round, on average, of which no budget knows."""
+        """Held and allowed, both less the tokens since the last round, which no budget counts."""
         between = (getattr(policy, "interval", 1) + 1) / 2
         allowed = batch.held(result["tokens"], budget, arm.interval)
         return result["held"] - between, allowed - between
@@ -89,20 +89,21 @@ def measured(batch: Batch, arm: Arm, way: Callable[[Policy], dict], whole: bool)
         budget, interval = getattr(policy, "budget", None), getattr(policy, "interval", 1)
         return {"tokens": right, "held": batch.held(right, budget, interval)}
 
-    breaks = isinstance(policy, Lethe) and policy.knee in ("global", "segment")
-    found = at_equal_budget(policy, None, batch.read if whole or breaks else count, measure)
+    breaks = isinstance(policy, Lethe) and policy.breakpoint != "none"
+    find = batch.read if whole or breaks else count
+    found = at_equal_budget(policy, None, find, measure)
     if whole:
         return found
     nominal = found["nominal"]
     result = way(policy if nominal is None else replace(policy, budget=nominal))
-    if "solved" not in result:  # chains were left early: it holds what it would have, to their ends
+    if "solved" not in result:  # chains were left early; this is what they would hold to their ends
         result |= {"held": found["held"], "full": batch.held(right)}
         result["steps"] = sum(right) - len(right)
     return result | {"nominal": nominal}
 
 
 class Bench:
-    """Measures what is not in the lines yet: batch by batch, within a batch arm by arm."""
+    """Measures what the lines lack, batch by batch, within a batch arm by arm."""
 
     def __init__(self, engine: Engine, lines: Lines, writes: bool, room: float, whole: bool):
         self.engine, self.lines = engine, lines
@@ -116,7 +117,7 @@ class Bench:
         self.facts |= {"room": room} if writes else {"whole": whole}
 
     def result(self, batch: Batch, arm: Arm) -> dict:
-        """From the lines or measured; an `error` where it cannot be."""
+        """The arm's result, from the lines or measured; one with `error` where there is none."""
         try:
             policy = arm.policy(batch)
         except UserError as error:
@@ -129,7 +130,7 @@ class Bench:
         if result is None:
             try:
                 result = measured(batch, arm, self._way(batch), self.whole)
-            except UserError as error:  # a budget that had to be lowered too far
+            except UserError as error:  # the search lowered the budget too far
                 result = {"error": str(error).partition(";")[0]}
             result |= {"family": batch.family, "numbers": list(batch.numbers)}
             result |= {"right": [len(chain) for chain in batch.chains]}
@@ -142,7 +143,7 @@ class Bench:
         return lambda policy: batch.read(policy, self.whole)
 
     def results(self, arms: list[Arm], every: Iterable[Batch], count: int) -> list[list[dict]]:
-        """For every arm its results, batch by batch, of `count`."""
+        """For every arm the results of all `count` batches."""
         found: list[list[dict]] = [[] for _ in arms]
         with tqdm(total=len(arms) * count, unit="batch", disable=None) as bar:
             for batch in every:
@@ -159,12 +160,13 @@ def add_problems(parser) -> None:
     families = list(TRAINED)
     add("--families", nargs="+", default=families, choices=families, help="default: all")
     add("--problems", type=int, default=200, help="of each family (default: %(default)s)")
-    add("--batch", type=int, default=50, help="most problems at once (default: %(default)s)")
-    add("--beyond", action="store_true", help="longer than any it was trained on")
+    add("--batch", type=int, default=50, help="problems at once, at most (default: %(default)s)")
+    add("--beyond", action="store_true", help="longer problems than the reasoner was trained on")
 
 
 def all_batches(engine: Engine, args) -> tuple[Iterator[Batch], int]:
-    """Of all families, made one at a time, for each holds the prompts it has read; and how many."""
+    """The batches of all families, and how many. They are made one at a time, since each holds the
+    prompts that it has read."""
     sizes = BEYOND if args.beyond else TRAINED
     seed = f"quality-{args.split}-{args.seed}"
     made = (
@@ -179,7 +181,7 @@ def all_batches(engine: Engine, args) -> tuple[Iterator[Batch], int]:
 
 
 def columns(results: list[dict]) -> dict:
-    """Batches put one behind the other: lists are joined; `held` and `full` become sums over
+    """The results of several batches as one: lists are joined, `held` and `full` become sums over
     steps."""
     joined: dict = {"held": 0.0, "full": 0.0, "steps": 0}
     for one in results:
@@ -193,8 +195,8 @@ def columns(results: list[dict]) -> dict:
 
 
 def figures(mine: dict, base: dict) -> dict:
-    """[mean, low, high] of everything that was measured; of columns. `less_...`: less the base's,
-    paired problem by problem."""
+    """[mean, low, high] of everything that was measured. `less_...` is the difference to the base,
+    paired problem by problem. mine, base: of `columns`."""
     ones = [1] * len(mine["exact"])
 
     def share(name: str) -> list[float]:
@@ -222,7 +224,7 @@ def figures(mine: dict, base: dict) -> dict:
             "truncated": share("truncated"),
         }
         return row
-    if mine["tokens"] == mine["right"] == base["tokens"]:  # all was read
+    if mine["tokens"] == mine["right"] == base["tokens"]:  # read to the ends
         row["wrong"] = mean_with_interval(mine["wrong"], mine["right"])
         row["nats"] = mean_with_interval(mine["nats"], mine["right"])
         row["less_nats"] = less("nats", mine["right"])
@@ -232,10 +234,14 @@ def figures(mine: dict, base: dict) -> dict:
 def rows_of(
     arms: list[Arm], found: list[list[dict]], families: list[str], base: Callable[[int], int]
 ) -> list[dict]:
-    """A row per arm and family, and one of all families; base(index of an arm): of the arm that it
-    is compared with."""
-    rows = []
-    for family in [*families, "all"] if len(families) > 1 else families:
+    """A row per arm and family, and per arm one of all families.
+
+    base(index of an arm) -> the index of the arm that it is compared with.
+    """
+    rows, groups = [], list(families)
+    if len(families) > 1:
+        groups.append("all")
+    for family in groups:
         for index, (arm, results) in enumerate(zip(arms, found, strict=True)):
             mine, theirs = (
                 [one for one in ones if family == "all" or one["family"] == family]
@@ -249,12 +255,16 @@ def rows_of(
                 continue
             facts = [one["policy"] for one in mine]
             values = {name: [one[name] for one in facts] for name in facts[0]}
-            row["policy"] = {  # a list where it differs from batch to batch
-                name: each if any(value != each[0] for value in each) else each[0]
-                for name, each in values.items()
-            }
+            row["policy"] = {name: one_or_all(each) for name, each in values.items()}
             rows.append(row | figures(columns(mine), columns(theirs)))
     return rows
+
+
+def one_or_all(values: list):
+    """The value that all batches have, or a list where they differ."""
+    if any(value != values[0] for value in values):
+        return values
+    return values[0]
 
 
 WRITTEN = {
@@ -275,7 +285,7 @@ READ = {
 
 
 def table(rows: list[dict], base: str = "full") -> str:
-    """Markdown; what is measured is a mean and its interval. Every row of one family."""
+    """A table in Markdown, of rows of one family. Figures are means with their intervals."""
     names = WRITTEN if any("solved" in row for row in rows) else READ
     heads = {name: head.format(base=base) for name, head in names.items()}
     return markdown(rows, heads, lambda row: f"{row['held']:.0f}, {row['share']:.1%}")
@@ -289,6 +299,7 @@ def show_tables(rows: list[dict], base: str = "full") -> None:
 
 
 def run(engine: Engine, args) -> list[dict]:
+    """The rows of `run.py reason`."""
     bench = Bench(engine, Lines(args.lines), not args.read, args.room, not args.until_wrong)
     arms = arms_of(args)
     found = bench.results(arms, *all_batches(engine, args))

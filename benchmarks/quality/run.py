@@ -1,33 +1,39 @@
-"""What a policy's choice is worth: the same text read, the same number of tokens kept.
+"""How good a policy's choice of tokens is: the same texts, the same number of tokens kept.
 
     python -m benchmarks.quality.run reason [--split choose|report] [--budget 10% ...] [--quick]
     python -m benchmarks.quality.run prose  [--split choose|report] [--budget 128 10% ...] [--quick]
     python -m benchmarks.quality.run needle [--split choose|report] [--budget 128 10% ...] [--quick]
 
-`reason`: the reasoner solves problems; how often it is right, how long its chains are, how often
-they loop (a line stands there three times, or the text ends in three copies of the same words) or
-are cut off (at `--room` times the right length). With `--read` it is given the right chains, and
-the likeliest next token is looked at: faster, and equal, for a chain is unique (chains.py).
-`prose`: nats per token on Python's own help texts, teacher-forced, and agreement with the full
-cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the full
-cache's distribution. `needle`: a fact stated once in prose, asked for after more prose; how likely
-the answer is, and how often it would be written greedily.
+`reason`: the reasoner solves problems. Measured is how often it is right, how long its chains are,
+how often they loop (a line three times, or three copies of the same words at the end) and how often
+they are cut off (at --room times the right length). With --read it reads the right chains instead,
+and its likeliest next tokens are compared with them. That is faster and gives the same answer, for
+there is one right chain (chains.py).
 
-Texts for choosing (a default, a parameter) and for reporting have no paragraph in common, problems
-no seed. Every policy has the same prompt, interval and sinks; the share of recent tokens is its
-own. Budgets are tokens per layer, or a percentage of the text (reason.py says of which). What is
-kept is measured: a choice with a breakpoint may keep less than its budget, and then its budget is
-raised until what it keeps is within 2 % of the others. Intervals are 95 %, by bootstrap over blocks
-of text (or over questions; of a share of problems Wilson's); gaps are paired, block by block. With
---lines FILE a run that was interrupted goes on where it was, and files of several runs, one behind
-the other, are as one run's: so two cores take two families at once. Memory of `prose`, beside the
-model's: the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
+`prose`: Python's own help texts, teacher-forced. Measured is nats per token, and agreement with the
+full cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the
+full cache's distribution.
+
+`needle`: prose states a fact once, goes on, and asks for it. Measured is how likely the answer is,
+and how often greedy decoding would write it.
+
+--split choose gives texts for choosing a default or a parameter, --split report those for
+reporting. The two share no paragraph, and problems share no seed. Every policy has the same prompt,
+interval and sinks, and the share of recent tokens that is its own default. A budget is a number of
+tokens per layer, or a percentage of the text (reason.py says of which text); policies always get it
+as a number. What is kept is measured. A policy with a breakpoint may keep less than its budget.
+Then its budget is raised until it keeps as much as the others, within 2 %. Intervals are 95 %, by
+bootstrap over blocks of text or over questions; Wilson's for a share of problems. Differences are
+paired, block by block.
+
+With --lines FILE an interrupted run continues where it stopped. Several such files, concatenated,
+count as one run's, so two processes can take one family each. Beside the model, `prose` needs
+memory for the full cache's log-probabilities of one text, tokens x vocabulary x 4 bytes.
 """
 
 import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,32 +41,32 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.common.commands import user_errors
+from benchmarks.common.hardware import hardware
 from benchmarks.common.results import Lines, mean_with_interval, write_json
-from benchmarks.memory.batches import hardware
 from benchmarks.quality import reason
 from benchmarks.quality.choices import (
     BUDGETS,
     CHOICES,
+    PROTECT,
     Cell,
     at_equal_budget,
     budget_text,
-    digest,
     markdown,
     tokens_of,
     weights_of,
 )
 from benchmarks.quality.reading import SPLITS, Reader, stretches, token_stream
-from lethe_mini import Engine
-from lethe_mini.errors import UserError
+from lethe_mini import Engine, FullKV, Policy, UserError
+from lethe_mini.jsonlines import digest
 from lethe_mini.policies import POLICIES
-from lethe_mini.policy import FullKV, Policy
 
 
 def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
-    """Every choice at every budget, unprotected and protected; the full cache once, first."""
+    """The full cache, then every choice at every budget, without and with a protected prompt."""
     cells = [Cell("full", "", False, FullKV())]
     for budget in args.budget:
-        for protect in {"no": [False], "yes": [True], "both": [False, True]}[args.protect]:
+        for protect in PROTECT[args.protect]:
             for choice in args.choice:
                 make, changes = CHOICES[choice]
                 common = {"interval": args.interval, "sinks": args.sinks, "protect_prompt": protect}
@@ -68,7 +74,7 @@ def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
                 try:
                     tokens = tokens_of(budget, length)
                     policy = make(budget=tokens, **common, **changes)
-                    policy.check(args.prompt)
+                    policy.check_prompt(args.prompt)
                     cell.policy = policy
                 except UserError as error:
                     cell.why = str(error).partition(";")[0]
@@ -77,15 +83,15 @@ def make_cells(args: argparse.Namespace, length: int) -> list[Cell]:
 
 
 class Bench:
-    """Runs what is not in the lines yet; cell by cell within a text, the full cache first."""
+    """Runs what the lines lack, text by text, within a text cell by cell, the full cache first."""
 
     def __init__(self, engine: Engine, lines: Lines, prompt: int):
         self.engine, self.lines, self.prompt = engine, lines, prompt
         self.weights = weights_of(engine.name)
-        self.nominal: dict[str, int] = {}  # per policy, where the last text's budget ended
+        self.nominal: dict[str, int] = {}  # per policy, the budget that fitted the last text
 
     def key(self, cell: Cell, **facts) -> dict:
-        """All that a result depends on, but for where the search for an equal budget began."""
+        """All that a result depends on, but for the budget with which the search began."""
         engine = self.engine
         dtype = str(engine.dtype).removeprefix("torch.")
         run = {"weights": self.weights, "dtype": dtype, "device": engine.device.type}
@@ -103,9 +109,9 @@ class Bench:
         return result
 
     def results(self, cells: list[Cell], readings: Iterable, count: int) -> list[list[dict]]:
-        """For every cell the results of all `count` texts; none for a cell that cannot be.
+        """For every cell the results of all `count` texts; none for a cell without a policy.
 
-        readings: for every text, what reads it under a policy, and the facts that name it.
+        readings: for every text, a function that reads it under a policy, and facts that name it.
         """
         able = [cell for cell in cells if cell.policy is not None]
         found: list[list[dict]] = [[] for _ in cells]
@@ -119,8 +125,8 @@ class Bench:
 
 
 def rows_of(cells: list[Cell], found: list[list[dict]]) -> list[dict]:
-    """What every row says of its cell: the choice, and the tokens kept, allowed and asked for, as
-    means over texts; or why it cannot be."""
+    """A row per cell: the choice, and the tokens kept, allowed and asked for, as means over texts;
+    or why there is no policy."""
     rows = []
     for cell, results in zip(cells, found, strict=True):
         row = {"choice": cell.choice, "budget": cell.budget, "protect": cell.protect}
@@ -138,14 +144,14 @@ def rows_of(cells: list[Cell], found: list[list[dict]]) -> list[dict]:
 
 
 class Prose:
-    """One stretch of text. Of its ids the last is only predicted."""
+    """One stretch of text. The last of its ids is predicted, not read."""
 
     def __init__(self, bench: Bench, ids: list[int], block: int):
         self.bench, self.ids, self.block = bench, ids, block
         self.full: torch.Tensor | None = None  # log-probabilities (T, vocab), once needed
 
     def log_probs(self, reader: Reader) -> Iterable[torch.Tensor]:
-        """Of what follows every token behind the prompt, in chunks (T, vocab)."""
+        """Log-probabilities of what follows each token behind the prompt, in chunks (T, vocab)."""
         prompt = self.bench.prompt
         for _ in reader.read(self.ids[:prompt], last_only=True):
             pass
@@ -154,7 +160,7 @@ class Prose:
 
     @torch.inference_mode()
     def read(self, policy: Policy) -> dict:
-        """Sums over blocks of `block` tokens: nats, KL from the full cache in nats, agreements."""
+        """Sums over blocks of tokens: nats, KL from the full cache in nats, agreements with it."""
         bench = self.bench
         if self.full is None:
             full = self.log_probs(Reader(bench.engine, FullKV(), bench.prompt))
@@ -178,7 +184,7 @@ class Prose:
 def prose_readings(
     bench: Bench, texts: list[list[int]], block: int, read: type[Prose] = Prose
 ) -> Iterable:
-    """For Bench.results. One after the other: a text holds the full cache's log-probabilities."""
+    """For Bench.results, one at a time, since a text holds the full cache's log-probabilities."""
     for ids in texts:
         facts = {"task": read.__name__.lower(), "text": digest(ids), "block": block}
         yield read(bench, ids, block).read, facts
@@ -192,8 +198,8 @@ def run_prose(
     rival: str = "random",
     read: type[Prose] = Prose,
 ) -> list[dict]:
-    """A row per cell: figures with their intervals; `over_rival` is against that choice under the
-    same condition."""
+    """A row per cell, figures with their intervals; `over_rival` compares with that choice at the
+    same budget and protection."""
     found = bench.results(cells, prose_readings(bench, texts, block, read), len(texts))
     joined = [
         {name: [x for one in ones for x in one[name]] for name in ("nats", "kl", "agree", "tokens")}
@@ -217,7 +223,7 @@ def run_prose(
 
 
 def difference(mine: dict, theirs: dict, name: str) -> list[float]:
-    """[mean, low, high] of mine less theirs, paired block by block."""
+    """[mean, low, high] of mine minus theirs, paired block by block."""
     less = [a - b for a, b in zip(mine[name], theirs[name], strict=True)]
     return mean_with_interval(less, mine["tokens"])
 
@@ -241,19 +247,19 @@ THINGS = [
 
 @dataclass
 class Needle:
-    """ids: prose with the fact in it, and the question; answer: what should follow."""
+    """ids: prose with the fact in it, then the question; answer: the tokens that should follow."""
 
     ids: list[int]
     answer: list[int]
-    haystack: int  # tokens that the fact is somewhere in
-    distance: int  # tokens from the fact's end to the answer
+    haystack: int  # tokens of prose and fact, in which the fact stands somewhere
+    distance: int  # tokens from the end of the fact to the answer
 
 
 def make_needle(
     engine: Engine, prose: list[int], haystack: int, later: int, prompt: int, rng: random.Random
 ) -> Needle:
-    """A fact somewhere in `haystack` tokens of prose but behind the prompt, `later` tokens more,
-    and the question."""
+    """`haystack` tokens of prose with a fact somewhere behind the prompt, `later` tokens more, and
+    the question."""
     name = f"{rng.choice(COLOURS)} {rng.choice(THINGS)}"
     number = rng.randrange(1000, 10000)
 
@@ -271,7 +277,7 @@ def make_needle(
 
 
 class Recall:
-    """One needle, looked for."""
+    """Asks for one needle."""
 
     def __init__(self, bench: Bench, needle: Needle):
         self.bench, self.needle = bench, needle
@@ -282,8 +288,8 @@ class Recall:
         bench, needle = self.bench, self.needle
         reader = Reader(bench.engine, policy, bench.prompt)
         *_, last = reader.read(needle.ids, last_only=True)
-        # The answer's last token predicts nothing. As long as all are the likeliest, what is forced
-        # is what would have been written.
+        # The answer's last token predicts nothing here. If each token is the likeliest one, greedy
+        # decoding would have written the same.
         logits = torch.cat([last[-1:], *reader.read(needle.answer[:-1])]).log_softmax(dim=-1)
         right = torch.tensor(needle.answer, device=logits.device)
         log_prob = logits.gather(-1, right[:, None]).sum()
@@ -292,7 +298,7 @@ class Recall:
 
 
 def run_needle(bench: Bench, cells: list[Cell], needles: list[Needle]) -> list[dict]:
-    """A row per cell: recall with its interval, over the needles."""
+    """A row per cell: recall over the needles, with its interval."""
     readings = (
         (
             Recall(bench, needle).read,
@@ -333,34 +339,40 @@ HEADS = {
 
 
 def table(task: str, rows: list[dict]) -> str:
-    """Markdown; what is measured is a mean and its interval."""
+    """A table in Markdown. Figures are means with their intervals."""
     return markdown(rows, HEADS[task], lambda row: f"{row['kept']:.0f}")
 
 
-QUICK = {  # a few minutes on two cores, all in all
+QUICK = {  # a few minutes on two cores in all
     "prose": {"texts": 1, "tokens": 640, "budget": ["25%"]},
     "needle": {"needles": 4, "haystack": [500], "budget": ["25%"]},
     "reason": {"problems": 10, "budget": ["25%"]},
 }
-QUICK_CHOICES = ["random", "streaming", "lethe"]
+QUICK_CHOICES = ["random", "streaming", "lethe", "lethe-plus"]
 
 
 def shared(parser: argparse.ArgumentParser, model: str, interval: int, choices: list[str]) -> None:
-    """What all tasks are asked."""
+    """The options of all tasks."""
     add = parser.add_argument
     add("--model", default=model, help="default: %(default)s")
     add("--device", default="auto", help="default: %(default)s")
     add("--dtype", default="float32", help="default: %(default)s")
-    add("--split", choices=SPLITS, default="report", help="which half of the texts")
+    add(
+        "--split",
+        choices=SPLITS,
+        default="report",
+        help="which half of the texts (default: report)",
+    )
     add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
     every = [name for name in CHOICES if name != "full"]
     add("--choice", nargs="+", default=choices, choices=every, metavar="NAME",
-        help=f"of {', '.join(every)}; default: {', '.join(choices)}")  # fmt: skip
-    add("--budget", nargs="+", type=budget_text, default=BUDGETS, help="default: %(default)s")
-    add("--protect", choices=["no", "yes", "both"], default="both", help="keep the whole prompt?")
+        help=f"policies, of {', '.join(every)} (default: {', '.join(choices)})")  # fmt: skip
+    add("--budget", nargs="+", type=budget_text, default=BUDGETS, metavar="N|P%",
+        help="tokens per layer, or a share of the text (default: %(default)s)")  # fmt: skip
+    add("--protect", choices=[*PROTECT], default="both", help="keep the whole prompt? (both)")
     add("--interval", type=int, default=interval, help="tokens between rounds (%(default)s)")
-    add("--sinks", type=int, default=4, help="default: %(default)s")
-    add("--lines", type=Path, help="JSON Lines file to write to, and to go on with")
+    add("--sinks", type=int, default=4, help="first tokens, always kept (%(default)s)")
+    add("--lines", type=Path, help="JSON Lines file to write to, and to continue from")
     add("--json", type=Path, help="also write the figures, with every setting, to this file")
     add("--quick", action="store_true", help="few choices and texts: minutes")
 
@@ -369,34 +381,45 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     choices = [name for name in CHOICES if name != "full"]
-    solve = tasks.add_parser("reason", help="problems solved by a chain of thought")
-    shared(solve, "reasoner", 16, [name for name in choices if name in {*POLICIES, "paper"}])
+    solve = tasks.add_parser("reason", help="problems that the reasoner solves step by step")
+    shared(solve, "reasoner", 16, [name for name in choices if name in POLICIES])
     reason.add_problems(solve)
     add = solve.add_argument
-    add("--room", type=float, default=1.2, help="most tokens, of a right chain's (%(default)s)")
-    add("--read", action="store_true", help="read right chains, do not write")
-    add("--until-wrong", action="store_true", help="with --read: leave a chain at its first error")
-    prose = tasks.add_parser("prose", help="nats per token, agreement")
+    add(
+        "--room",
+        type=float,
+        default=1.2,
+        help="most tokens, in lengths of the right chain (%(default)s)",
+    )
+    add("--read", action="store_true", help="read the right chains instead of writing")
+    add("--until-wrong", action="store_true", help="with --read: stop at a chain's first error")
+    prose = tasks.add_parser("prose", help="nats per token, and agreement with the full cache")
     shared(prose, "demo", 128, choices)
     add = prose.add_argument
-    add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
-    add("--texts", type=int, default=10, help="default: %(default)s")
+    add("--prompt", type=int, default=128, help="tokens that are the prompt (%(default)s)")
+    add("--texts", type=int, default=10, help="how many (default: %(default)s)")
     add("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
-    add("--rival", default="random", choices=choices, help="whom to compare with (%(default)s)")
-    add("--block", type=int, default=128, help="tokens that are drawn together (%(default)s)")
-    needle = tasks.add_parser("needle", help="recall of a fact")
+    add("--rival", default="random", choices=choices, help="policy to compare with (%(default)s)")
+    add(
+        "--block",
+        type=int,
+        default=128,
+        help="tokens that the bootstrap draws together (%(default)s)",
+    )
+    needle = tasks.add_parser("needle", help="recall of a fact stated once")
     shared(needle, "demo", 128, choices)
     add = needle.add_argument
-    add("--prompt", type=int, default=128, help="tokens of the text (default: %(default)s)")
-    add("--needles", type=int, default=100, help="of each length (default: 100)")
-    add("--haystack", type=int, nargs="+", default=[500, 1000, 2000, 4000])
-    add("--later", type=int, default=500, help="tokens read after the haystack")
+    add("--prompt", type=int, default=128, help="tokens that are the prompt (%(default)s)")
+    add("--needles", type=int, default=100, help="for each length (default: %(default)s)")
+    add("--haystack", type=int, nargs="+", default=[500, 1000, 2000, 4000],
+        help="tokens of text with the fact in it (default: 500 1000 2000 4000)")  # fmt: skip
+    add("--later", type=int, default=500, help="tokens between it and the question (%(default)s)")
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK[args.task], choice=QUICK_CHOICES)
     if args.task == "reason":
         if args.until_wrong and not args.read:
-            parser.error("--until-wrong is a way to --read")
+            parser.error("--until-wrong needs --read")
         return args
     shortest = args.tokens if args.task == "prose" else min(args.haystack)
     if not 0 < args.prompt <= shortest - 64:
@@ -405,7 +428,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
-    """The rows of a task; for needles, those of one haystack after the other."""
+    """The rows of a task; for `needle`, haystack by haystack."""
     if args.task == "reason":
         return reason.run(engine, args)
     bench = Bench(engine, Lines(args.lines), args.prompt)
@@ -432,21 +455,25 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    try:
+    with user_errors():
         engine = Engine.from_pretrained(args.model, args.device, args.dtype)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    rows = run(engine, args)
-    print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
+        rows = run(engine, args)
+        print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
+        show(args, rows)
+        write_json(args.json, args, {"hardware": hardware(), "rows": rows})
+
+
+def show(args: argparse.Namespace, rows: list[dict]) -> None:
+    """Prints the tables of a task."""
     if args.task == "reason":
         reason.show_tables(rows)
     elif args.task == "prose":
-        print(table(args.task, rows), "\n")
-    for haystack in args.haystack if args.task == "needle" else []:
-        mine = [row for row in rows if row["haystack"] == haystack]
-        print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
-        print(table(args.task, mine), "\n")
-    write_json(args.json, args, {"hardware": hardware(), "rows": rows})
+        print(table("prose", rows), "\n")
+    else:
+        for haystack in args.haystack:
+            mine = [row for row in rows if row["haystack"] == haystack]
+            print(f"a fact in {haystack:,} tokens, {args.needles} of them:\n")
+            print(table("needle", mine), "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Training and evaluation of the small reasoner that ships in lethe_mini/reasoner."""

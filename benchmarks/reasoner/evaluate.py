@@ -1,10 +1,10 @@
-"""How many unseen problems the reasoner solves with the full cache: exact answers, greedy decoding.
+"""How many unseen problems the reasoner solves with the full cache, decoding greedily.
 
     python -m benchmarks.reasoner.evaluate             # 500 of each family, the shipped model
-    python -m benchmarks.reasoner.evaluate --beyond    # longer than any it was trained on
+    python -m benchmarks.reasoner.evaluate --beyond    # longer problems than it was trained on
 
-Problems follow from a seed that training never uses. A line of JSON per problem goes to --output;
-the command goes on where that file stopped.
+Problems come from a seed that training never uses. --output writes a line of JSON per problem; a
+second run with the same file does what is missing.
 """
 
 import argparse
@@ -12,17 +12,25 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from benchmarks.common.commands import user_errors
+from benchmarks.common.hardware import hardware
 from benchmarks.common.results import wilson
 from benchmarks.quality.chains import draw
 from lethe_mini import Engine
-from lethe_mini.reasoner.problems import BEYOND, FAMILIES, TRAINED, check
+from lethe_mini.jsonlines import Appender, read_lines
+from lethe_mini.reasoner.problems import BEYOND, FAMILIES, TRAINED, solved
+
+HEAD = b'{"family": '  # how every line begins
+KEPT = ("family", "number", "solved", "prompt_tokens", "chain_tokens")  # of a line that is read
 
 
 def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: bool = False):
-    """Yields (number, generated, solved) as batches of like size end; problems: [(number, one)]."""
+    """Yields (number, problem, generated, right answer?) batch by batch, by size.
+
+    problems: [(number, problem)].
+    """
     ordered = sorted(problems, key=lambda pair: pair[1].size)
     with tqdm(total=len(ordered), desc=family, disable=quiet) as bar:
         for first in range(0, len(ordered), batch):
@@ -30,70 +38,87 @@ def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: boo
             limits = [len(engine.text.encode(one.chain)) + 50 for _, one in part]
             result = engine.generate([one.prompt for _, one in part], max_new_tokens=limits)
             if any(made.finish_reason == "interrupted" for made in result.sequences):
-                raise KeyboardInterrupt  # which the engine answers with what there is
+                raise KeyboardInterrupt  # the engine has caught it and returned a part
             for (number, one), made in zip(part, result.sequences, strict=True):
-                yield number, one, made, made.finish_reason == "stop" and check(one, made.text)
+                yield number, one, made, made.finish_reason == "stop" and solved(one, made.text)
             bar.update(len(part))
 
 
 def table(lines: list[dict]) -> str:
-    """Accuracy per family, and the lengths that it is over, as Markdown."""
+    """A Markdown table: accuracy per family, with the lengths of its problems."""
     rows = ["| family | solved | of | accuracy, 95 % interval | prompt tokens | chain tokens |"]
     rows += ["|---|---|---|---|---|---|"]
     for family in FAMILIES:
         mine = [line for line in lines if line["family"] == family]
         if not mine:
             continue
-        solved = sum(line["solved"] for line in mine)
-        low, high = wilson(solved, len(mine))
+        right = sum(line["solved"] for line in mine)
+        low, high = wilson(right, len(mine))
         spans = []
         for key in ("prompt_tokens", "chain_tokens"):
             values = sorted(line[key] for line in mine)
             spans.append(f"{values[0]} to {values[-1]}, median {values[len(values) // 2]}")
-        share = f"{solved / len(mine):.1%} ({low:.1%} to {high:.1%})"
-        rows.append(f"| `{family}` | {solved} | {len(mine)} | {share} | {' | '.join(spans)} |")
+        share = f"{right / len(mine):.1%} ({low:.1%} to {high:.1%})"
+        rows.append(f"| `{family}` | {right} | {len(mine)} | {share} | {' | '.join(spans)} |")
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--model", default="reasoner", help="default: %(default)s, the shipped one")
-    add("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    add("--problems", type=int, default=500, help="of each family (default: %(default)s)")
-    add("--beyond", action="store_true", help="sizes beyond those trained on")
-    add("--seed", default="evaluate", help="default: %(default)s")
-    add("--batch", type=int, default=50, help="problems at once (default: %(default)s)")
-    add("--output", type=Path, help="a line of JSON per problem; goes on if it is there")
-    args = parser.parse_args()
+def read_done(path: Path | None) -> list[dict]:
+    """What an output file has already. Raises UserError for a file of something else."""
+    lines: list[dict] = []
+
+    def accept(number: int, line) -> None:
+        lines.append({name: line[name] for name in KEPT})
+
+    if path is not None:
+        read_lines(path, HEAD, accept)
+    return lines
+
+
+def run(args: argparse.Namespace) -> None:
+    """Solves what the output file lacks, and prints the table."""
+    lines = read_done(args.output)
     engine = Engine.from_pretrained(args.model)
-    lines = []
-    if args.output is not None and args.output.is_file():
-        lines = [json.loads(line) for line in args.output.read_text(encoding="utf-8").splitlines()]
-    done = {(line["family"], line["number"]) for line in lines}
     started = time.process_time()
+    done = {(line["family"], line["number"]) for line in lines}
     for family in args.families:
         sizes = (BEYOND if args.beyond else TRAINED)[family]
         numbers = [n for n in range(args.problems) if (family, n) not in done]
         drawn = [(number, draw(family, number, args.seed, sizes)) for number in numbers]
-        for number, one, made, solved in evaluate(engine, family, drawn, args.batch):
-            line = {
-                "family": family,
-                "number": number,
-                "size": one.size,
-                "prompt_tokens": made.prompt_tokens,
-                "chain_tokens": len(engine.text.encode(one.chain)) + 1,  # and the end
-                "generated_tokens": made.generated_tokens,
-                "solved": solved,
-                "same_chain": made.text == one.chain,
-            }
-            lines.append(line)
+        for number, one, made, right in evaluate(engine, family, drawn, args.batch):
+            lines.append(
+                {
+                    "family": family,
+                    "number": number,
+                    "size": one.size,
+                    "prompt_tokens": made.prompt_tokens,
+                    "chain_tokens": len(engine.text.encode(one.chain)) + 1,  # and the end
+                    "generated_tokens": made.generated_tokens,
+                    "solved": right,
+                    "same_chain": made.text == one.chain,
+                }
+            )
             if args.output is not None:
-                with args.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-    print(table(lines))
+                with Appender(args.output) as file:
+                    file.write(json.dumps(lines[-1]))
     seconds = time.process_time() - started
-    print(f"\n{seconds:.0f} processor seconds; PyTorch {torch.__version__}, {engine.dtype}")
+    print(f"{table(lines)}\n\n{seconds:.0f} processor seconds, {engine.dtype}; {hardware()}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", default="reasoner", help="default: %(default)s, the shipped one")
+    add("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES),
+        help="default: all")  # fmt: skip
+    add("--problems", type=int, default=500, help="of each family (default: %(default)s)")
+    add("--beyond", action="store_true", help="longer problems than it was trained on")
+    add("--seed", default="evaluate", help="of the problems (default: %(default)s)")
+    add("--batch", type=int, default=50, help="problems at once (default: %(default)s)")
+    add("--output", type=Path, help="JSON Lines file to write to, and to continue from")
+    args = parser.parse_args(argv)
+    with user_errors():
+        run(args)
 
 
 if __name__ == "__main__":

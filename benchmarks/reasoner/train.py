@@ -1,18 +1,18 @@
 """Trains the small reasoner that ships in lethe_mini/reasoner, and writes it there.
 
-    python -m benchmarks.reasoner.train --run FOLDER          # goes on where the folder stopped
+    python -m benchmarks.reasoner.train --run FOLDER          # continues where the folder stopped
     python -m benchmarks.reasoner.train --run FOLDER --steps 6400 --decay 1800 --peak 0.5 \\
         --least 400 --weights 2 0.7 1
     python -m benchmarks.reasoner.train --run FOLDER --export lethe_mini/reasoner
 
-The first command learns; the second goes on with long texts alone, and more of the hardest kind.
+The first command trains. The second continues with long texts only, and more of the hardest kind.
+The third writes the model. Problems come from lethe_mini/reasoner/problems.py. Those of a step
+depend only on the seed and the step's number, so an interrupted run continues exactly as it would
+have gone. No problem is seen twice. The loss is taken on the chain, never on the prompt.
 
-Problems come from lethe_mini/tasks.py; those of a step follow from the seed and the step's number
-alone, so a run that was stopped goes on exactly as it would have. Nothing is ever seen twice. The
-loss is taken on the chain, never on the prompt. Texts begin short, where looking things up is
-learned at once or not at all, and grow by a quarter whenever 98 % of every family's words are
-right. Evaluation draws from other seeds (evaluate.py). Another number of threads rounds otherwise,
-and so makes another model, no worse.
+Texts begin short, since a small model learns on short texts to look things up, or never does. They
+grow by a quarter whenever 98 % of every family's words are right. Evaluation draws from other seeds
+(evaluate.py). Another number of threads rounds differently and gives another model, as good.
 """
 
 import argparse
@@ -30,8 +30,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from benchmarks.common.commands import user_errors
 from lethe_mini import model as model_module
 from lethe_mini.checkpoint.config import parse_config
+from lethe_mini.errors import UserError
+from lethe_mini.jsonlines import Appender
 from lethe_mini.model import Transformer
 from lethe_mini.reasoner.problems import FAMILIES, REGISTERS, ROOMS, WORDS, problem
 
@@ -57,10 +60,10 @@ CONFIG = {
     "eos_token_id": IDS[END],
     "dtype": "float32",
 }
-# Words of prompt and chain that a family takes at least, and for each step: about.
+# Words of prompt and chain in each family: about so many for any problem, and so many per step.
 WORDS_TAKEN = {"walk": (60, 24.0), "sum": (46, 12.4), "run": (32, 13.2)}
-SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at last
-MASTERED, TEXTS = 0.98, 100  # texts grow once the last 100 of each family were so right
+SHORTEST, FIRST, LONGEST = 100, 160, 1300  # words of a text: least, most at first, most at the end
+MASTERED, TEXTS = 0.98, 100  # texts grow when so much of each family's last texts was right
 
 
 def encode(text: str) -> list[int]:
@@ -68,10 +71,10 @@ def encode(text: str) -> list[int]:
 
 
 def recall(rng: random.Random, length: float) -> tuple[list[int], list[int], list[int]]:
-    """Facts as the families have them, then all of them again in another order, and again.
+    """Facts like those of the families, then all of them again in other orders.
 
-    A chain asks for a fact every ten words or so, and a model that cannot look anything up yet
-    learns little from it. Here every second or third word is a lookup; only those count.
+    A chain asks for a fact about every ten words, and a model that cannot look anything up yet
+    learns little from it. Here every second or third word is a lookup, and only those count.
     """
     most = rng.randint(3, min(75, max(4, int(length / 9))))  # there are only so many names
     if rng.random() < 0.5:
@@ -126,7 +129,7 @@ def collate(rows: list) -> tuple[Tensor, Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, want_mass=False) -> tuple[Tensor, None]:
-    """Causal attention as in lethe_mini.attention, in the form whose gradient a CPU is fast at."""
+    """Causal attention as in lethe_mini.attention, in a form whose gradient is fast on a CPU."""
     group, dtype = q.shape[1] // k.shape[1], q.dtype
     q, k, v = (
         q.float(),
@@ -137,11 +140,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, want_mass=False) -> tuple
 
 
 def build(seed: int) -> Transformer:
-    """A model that knows nothing yet, but in which the first two layers can look things up.
+    """An untrained model whose first two layers can roughly look things up.
 
-    To find what stood behind a word, one layer has to know what stood before each, and the next to
-    compare that with the word at hand. Neither is of use without the other, and small models spend
-    most of their training on finding both at once, by chance. Here both are there, roughly.
+    To find the word behind an earlier copy of the present word, one layer has to note for each word
+    the one before it, and the next layer has to compare that with the present word. Neither helps
+    without the other, and small models spend most of their training on finding both by chance. So
+    both are there from the start.
     """
     torch.manual_seed(seed)
     model = Transformer(parse_config(CONFIG))
@@ -158,21 +162,22 @@ def build(seed: int) -> Transformer:
     return model
 
 
-D, SLOW = CONFIG["head_dim"], CONFIG["head_dim"] // 4  # the slower half of the pairs turn by less
-GROUP = CONFIG["num_attention_heads"] // CONFIG["num_key_value_heads"]  # than 2 in 1,300 words
+D = CONFIG["head_dim"]
+SLOW = D // 4  # from here on RoPE's pairs are slow: they turn by less than 2 radians in 1,300 words
+GROUP = CONFIG["num_attention_heads"] // CONFIG["num_key_value_heads"]
 
 
 @torch.no_grad()
 def look_back(model: Transformer, strength: float = 6.5) -> None:
-    """Biases in layer 0: query head n of group 0 sees the word n + 1 back, whatever it is.
+    """Sets biases in layer 0: query head n of group 0 attends n + 1 words back, to any word.
 
-    A key of the same angle everywhere, and a query turned back by n + 1 positions: their product
-    is largest where RoPE has turned the two apart by just that.
+    Before RoPE all keys have the same angle, and the query is turned back by n + 1 positions. Their
+    product is largest where RoPE turns the two by just as much.
     """
     first = model.layers[0].self_attn
-    first.k_proj.weight[:D] *= 0.1  # whatever the words are
+    first.k_proj.weight[:D] *= 0.1  # so the word hardly matters
     first.q_proj.weight[: GROUP * D] *= 0.1
-    first.k_proj.bias[:SLOW] = strength  # of the pairs (i, i + D/2) those that turn fast
+    first.k_proj.bias[:SLOW] = strength  # of the pairs (i, i + D/2), the fast ones
     for head in range(GROUP):
         angle = -(head + 1) * model.inv_freq[:SLOW]
         first.q_proj.bias[head * D :][:SLOW] = strength * angle.cos()
@@ -181,20 +186,23 @@ def look_back(model: Transformer, strength: float = 6.5) -> None:
 
 @torch.no_grad()
 def look_up(model: Transformer, written: float = 0.3) -> None:
-    """Layer 1 compares: group 0 the word at hand with what stood before each word, group 1 the word
-    before it with what stood two before. Both along directions that no other part writes to."""
+    """Sets layer 1 to compare with the words before each word, along directions of their own.
+
+    Group 0 compares the present word with the one before each word; group 1 the word before the
+    present one with the word two before each.
+    """
     first, second = (model.layers[index].self_attn for index in (0, 1))
     axes = torch.linalg.qr(torch.randn(CONFIG["hidden_size"], (GROUP + 1) * D))[0].T
-    word, *back = axes.split(D)  # where a word is read; where the ones before it are written
+    word, *back = axes.split(D)  # directions of the word itself, and of the words before it
     first.v_proj.weight[:D] = word
     for head in range(GROUP):
         first.o_proj.weight[:, head * D : (head + 1) * D] = written * back[head].T
-    first.o_proj.weight[:, GROUP * D :] *= 0.2  # the rest of the layer is to be quiet at first
+    first.o_proj.weight[:, GROUP * D :] *= 0.2  # the rest of the layer begins small
     model.layers[0].mlp.down_proj.weight *= 0.2
-    # Only pairs that RoPE hardly turns compare the same near and far.
+    # Only pairs that RoPE hardly turns compare alike near and far.
     slow = torch.cat((torch.arange(SLOW, D // 2), torch.arange(D // 2 + SLOW, D)))
     used = slow.numel()
-    # The word itself is fainter in the stream than what attention wrote there.
+    # The word itself is weaker in the residual stream than what attention wrote there.
     pairs = (word, back[0], 5.0), (back[0], back[1], 2.0)
     for group, (wanted, held, strength) in enumerate(pairs):
         second.k_proj.weight[group * D + slow] = held[:used]
@@ -213,7 +221,7 @@ def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
 
 
 class Run:
-    """The state of a training run: everything that a checkpoint holds."""
+    """The state of a training run, which is what its checkpoint holds."""
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
@@ -227,7 +235,9 @@ class Run:
         if self.file.is_file():
             state = torch.load(self.file, weights_only=True)
             if state["seed"] != seed:
-                raise SystemExit(f"{self.file} has seed {state['seed']}, not {seed}")
+                raise UserError(
+                    f"{self.file} has seed {state['seed']}, not {seed}; name another --run"
+                )
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -237,7 +247,7 @@ class Run:
                 self.recent[family].extend(shares)
 
     def save(self) -> None:
-        """Whole or not at all: a run may be stopped at any time."""
+        """Replaces the checkpoint in one step, so that a run may be killed at any time."""
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -267,7 +277,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         share = max(0.05, 0.3 - run.step / 1000) * sum(families.values())
         rows = draw(rng, {**families, "recall": share}, run.longest, tokens, args.least)
         inputs, targets = collate(rows)
-        # Warm up, stay, then fall to zero over the last steps: these may be decided late.
+        # Warm up, stay, then fall to zero over the last steps, whose number may change late.
         rate = args.peak * min(1.0, run.step / 100, (args.steps - run.step + 1) / args.decay)
         for optimizer, rates in zip(run.optimizers, run.rates, strict=True):
             for group, full in zip(optimizer.param_groups, rates, strict=True):
@@ -303,8 +313,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
 
 
 def note(run: Run, loss: float, rate: float, counts: dict[str, list[int]]) -> None:
-    """One line of the log: shares of the words and of the texts that were all right, before they
-    were learned from."""
+    """Writes a line of the log: shares of right words and of right texts, before learning them."""
     line = {
         "step": run.step,
         "tokens": run.tokens,
@@ -317,12 +326,12 @@ def note(run: Run, loss: float, rate: float, counts: dict[str, list[int]]) -> No
         if texts:
             line[family] = [round(right / words, 5), round(whole / texts, 3)]
     print(json.dumps(line), flush=True)
-    with (run.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    with Appender(run.folder / "log.jsonl") as file:
+        file.write(json.dumps(line))
 
 
 def build_tokenizer() -> Tokenizer:
-    """A word, a token; lines end in a token of their own."""
+    """A tokenizer with one token per word, and one for the end of a line."""
     tokenizer = Tokenizer(models.WordLevel(IDS, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -330,7 +339,7 @@ def build_tokenizer() -> Tokenizer:
             pre_tokenizers.Split(" ", "removed"),
         ]
     )
-    # Words are joined by spaces, and none is left beside the end of a line.
+    # Joins words by spaces, but for the end of a line.
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.WordPiece(prefix="##", cleanup=False),
@@ -344,7 +353,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def export(model: Transformer, folder: Path) -> None:
-    """The checkpoint as a model folder, in float32."""
+    """Writes the model as a checkpoint folder, in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
     settings = {"eos_token": END}
@@ -358,27 +367,33 @@ def export(model: Transformer, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="folder of the checkpoint and the log")
-    add("--export", type=Path, help="write the run's model to this folder; train no more")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--steps", type=int, default=4600, help="default: %(default)s")
-    add("--decay", type=int, default=2400, help="last steps, of falling rate (%(default)s)")
-    add("--peak", type=float, default=1.0, help="highest rate (default: %(default)s)")
-    add("--least", type=int, default=0, help="least words of a text (default: a few)")
+    add("--run", type=Path, required=True, help="folder for the checkpoint and the log")
+    add("--export", type=Path, help="write the run's model to this folder instead of training")
+    add("--seed", type=int, default=0, help="of weights and problems (default: %(default)s)")
+    add("--steps", type=int, default=4600, help="of training, in all (default: %(default)s)")
+    add("--decay", type=int, default=2400, help="last steps, in which the rate falls (%(default)s)")
+    add(
+        "--peak",
+        type=float,
+        default=1.0,
+        help="highest learning rate, relative (default: %(default)s)",
+    )
+    add("--least", type=int, default=0, help="fewest words of a text (default: a few)")
     add("--tokens", type=int, default=4096, help="most words of a step (default: %(default)s)")
     add("--weights", type=float, nargs=len(FAMILIES), default=[1.0, 0.7, 1.0],
-        help=f"shares of {', '.join(FAMILIES)} among the texts")  # fmt: skip
+        help=f"weights of {', '.join(FAMILIES)} among the texts")  # fmt: skip
     add("--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
-    add("--compile", action="store_true", help="torch.compile: a quarter faster")
-    args = parser.parse_args()
-    run = Run(args.run, args.seed)
-    if args.export is not None:
-        export(run.model, args.export)
-    else:
-        train(run, args)
+    add("--compile", action="store_true", help="use torch.compile, which is a quarter faster")
+    args = parser.parse_args(argv)
+    with user_errors():
+        run = Run(args.run, args.seed)
+        if args.export is not None:
+            export(run.model, args.export)
+        else:
+            train(run, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Time of a decoding step, time to the first token, and throughput."""

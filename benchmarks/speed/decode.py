@@ -1,369 +1,59 @@
-"""Decode speed, time to first token and memory: full cache, Lethe, and what people use instead.
+"""Decoding speed, time to the first token and memory: full cache, LethePlus, other engines.
 
-    python -m benchmarks.speed.decode [--batch 1 8] [--length 64 4000] [--policies full lethe@8.3]
-        [--compile] [--llama-python PYTHON] [--kvpress-python PYTHON] [--json FILE]
-    python -m benchmarks.speed.decode --quick                    # fewer repetitions
-    python -m benchmarks.speed.decode --targets                  # scoring, rounds, long texts, prefill
-    python -m benchmarks.speed.decode --curve --json FILE        # for plot_decode.py
-    python -m benchmarks.speed.decode --shape llama-8b --device cuda --batch 1 4 8 16 32 --length 20000
+    python -m benchmarks.speed.decode [--batch 1 8] [--length 64 4000] [--compile] [--json FILE]
+        [--policies full lethe-plus@8.3] [--llama-python PYTHON] [--kvpress-python PYTHON]
+    python -m benchmarks.speed.decode --quick          # fewer repetitions
+    python -m benchmarks.speed.decode --targets        # scoring, rounds, long texts, prefill, too
+    python -m benchmarks.speed.decode --curve --json FILE                # for plot_decode
+    python -m benchmarks.speed.decode --shape llama-8b --device cuda --batch 1 4 8 16 32
 
-Every system and policy is a process of its own (decode_worker.py) on the same weights, dtype,
-threads and prompt. All stay alive and take turns, a few tokens each, so that what else the machine
-does hits all alike; only one computes at a time. Figures are medians over all timed steps of all
-turns, beside their quartiles; `x full` is the median over turns of our full cache's time (the same
-mode; peers: compiled if there is one) divided by that row's. Where all do not fit into memory at
-once (--device cuda, large --shape), they run one after the other, which the output says.
+Every system and policy runs in a process of its own (decode_worker.py), with the same weights,
+dtype, threads and prompt. All processes stay alive and take turns of a few tokens, and only one
+computes at a time. So other programs on the machine slow all of them alike. A figure is the median
+over all timed steps of all turns, with its quartiles. `x full` is how many times as fast a row is
+as our full cache: the median over turns of the ratio. Ours are compared in their own mode, other
+engines with our compiled mode where it runs. With --device cuda, and for a large --shape, not all
+systems fit into memory. They then run one after the other, and the output says so.
 
-`NAME@P` is a policy that after a prompt of --length tokens keeps P percent of them by a round of
-its own; steps are timed from there, without rounds, and `with rounds` adds a round's time shared
-out over the interval. `must move` is what a step has to read: all weights once and the keys and
-values held; `bound` that over the measured read bandwidth, and `reached` bound over time.
+`NAME@P` is a policy with a budget of P percent of --length tokens. It prunes once, behind the
+prompt, and the steps are timed from there on, without rounds. `with rounds` adds a round's time,
+divided by the interval. `must move` is what a step has to read: all weights once, and the keys and
+values held. `bound` is the time that this takes at the measured read bandwidth. `reached` is bound
+divided by time.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import platform
-import queue
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-from benchmarks.speed.decode_worker import SHAPES  # noqa: E402
-
-WORKER = HERE / "decode_worker.py"
-PEERS = ("transformers", "llama.cpp", "kvpress")
-ROOM = 1024  # tokens that a peer with a fixed context has room for beyond the prompt
-WARM = 128  # tokens of a prompt that every worker reads before anything is measured
-SHORT = 1.0  # seconds; a prefill below that is measured three times
-MB = 1e6
-
-
-class WorkerError(Exception):
-    """A worker has died or does not answer; one line that says which and why."""
-
-
-# -- one process per system ------------------------------------------------------------------------
-
-
-class Worker:
-    """A process that measures one system. label: its name in the table; policy: likewise."""
-
-    def __init__(self, label: str, policy: str, kind: str, settings: dict, python=sys.executable):
-        self.label, self.policy, self.kind = label, policy, kind
-        self.settings, self.python = settings, python
-        self.facts: dict = {}
-        self.process = None
-        self.gone: str | None = None  # why it is of no use any more
-
-    @property
-    def name(self) -> str:
-        return f"{self.label} {self.policy}".strip()
-
-    def start(self) -> None:
-        """Starts the process and loads the system; what fails is noted in `gone`."""
-        threads = str(self.settings["threads"])
-        env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (closed with the worker)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        argv = [str(self.python), str(WORKER), self.kind]
-        try:
-            self.process = subprocess.Popen(argv, env=env, text=True, **pipes)
-        except OSError as error:
-            self.gone = f"cannot start {self.python}: {error}"
-            self.errors.close()
-            return
-        self.lines: queue.Queue = queue.Queue()
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        try:
-            self.facts = self.ask("load", settings=self.settings)
-        except WorkerError:
-            return  # noted
-        if "error" in self.facts:
-            self.gone = self.facts.pop("error")
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def ask(self, request: str, **options) -> dict:
-        """The worker's answer. Raises WorkerError when none comes."""
-        if self.gone is not None:
-            raise WorkerError(self.gone)
-        limit = self.settings["timeout"]
-        try:
-            self.process.stdin.write(json.dumps({"do": request, **options}) + "\n")
-            self.process.stdin.flush()
-            line = self.lines.get(timeout=limit)
-        except OSError:
-            line = None
-        except queue.Empty:
-            self.process.kill()
-            self._lost(f"no answer to `{request}` in {limit:.0f} s")
-        if line is None:
-            code = self.process.wait()
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            hint = ", perhaps for want of memory" if code == -9 else ""
-            self._lost(f"died in `{request}` ({how}{hint}){self._last_words()}")
-        return json.loads(line)
-
-    def _lost(self, why: str) -> None:
-        self.gone = why
-        raise WorkerError(why)
-
-    def _last_words(self) -> str:
-        self.errors.seek(0)
-        lines = self.errors.read().strip().splitlines()
-        return f": {lines[-1][:200]}" if lines else ""
-
-    def cpu_seconds(self) -> float:
-        """Processor time that it has used; 0 where the system does not say."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except (OSError, AttributeError):
-            return 0.0
-        after = stat.rpartition(")")[2].split()
-        return (int(after[11]) + int(after[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        if self.process is None:
-            return
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()  # the end of its input is the end of its work
-        try:
-            self.process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.reader.join(timeout=2)
-        self.process.stdout.close()
-        self.errors.close()
-        self.process = None
-
-
-# -- what the machine is and does ------------------------------------------------------------------
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := info.read_text().partition("model name")[2]):
-        return found.partition(":")[2].partition("\n")[0].strip()
-    return platform.processor() or platform.machine()
-
-
-def memory_bytes() -> int:
-    """Of the machine; 0 where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def commit() -> str:
-    """The commit that the benchmark was run from, `+` when files have changed since."""
-
-    def git(*args) -> str:
-        argv = ["git", "-C", str(WORKER.parent), *args]
-        return subprocess.run(argv, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except OSError:
-        return ""
-
-
-def busy_seconds() -> float:
-    """Processor time that the whole machine has spent working; 0 where the system does not say."""
-    try:
-        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    except OSError:
-        return 0.0
-    user, nice, system, _, _, irq, softirq, steal = fields
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-class Load:
-    """Who used the processors while a worker had its turn: it alone, one should hope."""
-
-    def __init__(self, cores: int):
-        self.cores = cores
-        self.idle_workers, self.others, self.wall = 0.0, 0.0, 0.0
-
-    @contextlib.contextmanager
-    def turn(self, worker: Worker, workers: list[Worker]):
-        mine, rest = worker.cpu_seconds(), sum(w.cpu_seconds() for w in workers if w is not worker)
-        busy, start = busy_seconds(), time.perf_counter()
-        yield
-        self.wall += time.perf_counter() - start
-        idle = sum(w.cpu_seconds() for w in workers if w is not worker) - rest
-        self.idle_workers += idle
-        self.others += busy_seconds() - busy - (worker.cpu_seconds() - mine) - idle
-
-    def shares(self) -> dict:
-        """Of all processor time during turns."""
-        whole = max(self.wall * self.cores, 1e-9)
-        shares = {"idle_workers": self.idle_workers, "others": self.others}
-        return {name: max(0.0, seconds / whole) for name, seconds in shares.items()}
-
-
-# -- rows ------------------------------------------------------------------------------------------
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return values * 3
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
-def bytes_to_move(facts: dict, state: dict) -> int:
-    """What one step must read: every weight once, the keys and values of all tokens held."""
-    return facts["weight_bytes"] + state["kv_bytes"]
-
-
-def make_row(worker: Worker, cell: dict, fill: dict, turns: list[dict], bandwidth: float) -> dict:
-    """A row of the table. cell: batch and length; turns: the answers to `steps`; bandwidth: bytes
-    per second. Times in seconds."""
-    row = {"system": worker.label, "policy": worker.policy, **cell}
-    problem = next((x for x in (fill, *turns) if "error" in x), None)
-    if problem is not None:
-        row["out_of_memory"] = problem.get("out_of_memory", False)
-        return {**row, "error": problem["error"]}
-    steps = [seconds for turn in turns for seconds in turn["step_seconds"]]
-    low, middle, high = quartiles(steps)
-    last = turns[-1]
-    # Between the first and the last step the cache grows by one token a step.
-    mean = {"kv_bytes": (fill["kv_bytes"] + last["kv_bytes"]) / 2}
-    move = bytes_to_move(worker.facts, mean)
-    row |= {
-        "first_token_seconds": fill["seconds"],
-        "step_seconds": middle,
-        "step_quartiles": [low, high],
-        "turn_medians": [statistics.median(turn["step_seconds"]) for turn in turns],
-        "tokens_per_second": cell["batch"] / middle,
-        "tokens_held": last["tokens"],
-        "kv_bytes": last["kv_bytes"],
-        "kv_allocated": last["kv_allocated"],
-        "memory_peak": max(turn["peak"] for turn in (fill, *turns)),
-        "bytes_to_move": move,
-        "bandwidth": bandwidth,
-        "bound_seconds": move / bandwidth,
-        "reached": move / bandwidth / middle,
-        "chosen": last["chosen"],
-    }
-    if rounds := fill.get("round_seconds"):
-        row["round_seconds"] = statistics.median(rounds)
-        row["step_with_rounds"] = middle + row["round_seconds"] / worker.settings["interval"]
-    return row
-
-
-def find(rows: list[dict], **keys) -> dict | None:
-    """The row with these values that has been measured."""
-    matches = (r for r in rows if all(r.get(key) == value for key, value in keys.items()))
-    return next((row for row in matches if "error" not in row), None)
-
-
-def baseline(rows: list[dict], row: dict) -> dict | None:
-    """Our full cache at the same batch and length: in the row's mode, for peers in the better."""
-    modes = [row["system"]] if row["system"].startswith("ours") else ["ours compiled", "ours eager"]
-    cell = {"batch": row["batch"], "length": row["length"], "policy": "full"}
-    found = (find(rows, system=mode, **cell) for mode in modes)
-    return next((one for one in found if one is not None), None)
-
-
-def speedup(of: dict, against: dict, together: bool = True) -> float:
-    """How many times as fast `of` is. In turns that lie side by side the machine was the same, so
-    the median of their ratios; else the ratio of medians."""
-    if not together:
-        return against["step_seconds"] / of["step_seconds"]
-    pairs = zip(against["turn_medians"], of["turn_medians"], strict=True)
-    return statistics.median(b / a for b, a in pairs)
-
-
-HEADER = (
-    "| batch | length | system | policy | held | ms a step | quartiles | with rounds | tokens/s | "
-    "x full | first token s | KV MB | peak MB | must move MB | bound ms | reached |\n"
-    "|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+from benchmarks.common.commands import user_errors
+from benchmarks.common.hardware import commit, hardware, memory_bytes, processor
+from benchmarks.common.results import write_json
+from benchmarks.speed.rows import (
+    HEADER,
+    MB,
+    agreement,
+    baseline,
+    by_batch,
+    make_row,
+    quartiles,
+    speedup,
+    table_row,
 )
+from benchmarks.speed.shapes import SHAPES, weights_estimate
+from benchmarks.speed.workers import Load, Worker, WorkerError
+from lethe_mini.policies import POLICIES
 
-
-def table_row(row: dict) -> str:
-    """A line of the table."""
-    head = f"| {row['batch']} | {row['length']:,} | {row['system']} | {row['policy']} |"
-    if "error" in row:
-        said = "out of memory" if row.get("out_of_memory") else row["error"]
-        return head + f" {said} |" + " |" * 11
-    low, high = (1e3 * seconds for seconds in row["step_quartiles"])
-    rounds = f"{1e3 * row['step_with_rounds']:.2f}" if "step_with_rounds" in row else ""
-    ratio = f"{row['times_full']:.2f}" if row.get("times_full") else ""
-    cells = [
-        f"{row['tokens_held']:,.0f}",
-        f"{1e3 * row['step_seconds']:.2f}",
-        f"{low:.2f} to {high:.2f}",
-        rounds,
-        f"{row['tokens_per_second']:.1f}",
-        ratio,
-        f"{row['first_token_seconds']:.2f}",
-        f"{row['kv_bytes'] / MB:,.1f}",
-        f"{row['memory_peak'] / MB:,.0f}",
-        f"{row['bytes_to_move'] / MB:,.0f}",
-        f"{1e3 * row['bound_seconds']:.2f}",
-        f"{row['reached']:.0%}",
-    ]
-    return f"{head} {' | '.join(cells)} |"
-
-
-def by_batch(rows: list[dict]) -> str:
-    """Throughput and peak memory, policies down and batch sizes across, as the paper's tables have
-    them (arXiv 2511.06029, tables 2 and 3)."""
-    batches = list(dict.fromkeys(row["batch"] for row in rows))
-    lines = []
-    for length in dict.fromkeys(row["length"] for row in rows):
-        for title, key, scale, form in (
-            ("tokens/s", "tokens_per_second", 1, "{:,.1f}"),
-            ("peak GB", "memory_peak", 1e9, "{:,.2f}"),
-        ):
-            lines += ["", f"{title} at {length:,} tokens by batch size", ""]
-            lines.append("| system | policy | " + " | ".join(map(str, batches)) + " |")
-            lines.append("|---|---|" + "---:|" * len(batches))
-            for kind in dict.fromkeys((row["system"], row["policy"]) for row in rows):
-                cells = []
-                for batch in batches:
-                    keys = {"system": kind[0], "policy": kind[1], "batch": batch, "length": length}
-                    row = next((r for r in rows if r.items() >= keys.items()), None)
-                    if row is None or "error" in row:
-                        full = row is not None and row.get("out_of_memory")
-                        cells.append("out of memory" if full else "-")
-                    else:
-                        cells.append(form.format(row[key] / scale))
-                lines.append(f"| {kind[0]} | {kind[1]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def agreement(rows: list[dict]) -> list[str]:
-    """How many tokens from the start every system chose as our full cache did: bfloat16 rounds
-    differently everywhere, but a system that disagrees at once runs other weights."""
-    lines = []
-    for row in rows:
-        base = None if "error" in row else baseline(rows, row)
-        if base is None or row["system"].startswith("ours"):
-            continue
-        if row["batch"] != 1 or row["policy"] != "full":
-            continue
-        pairs = list(zip(base["chosen"], row["chosen"], strict=False))
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        where = f"{row['system']} {row['policy']} at {row['length']:,}"
-        lines.append(f"{where}: the first {same} of {len(pairs)} tokens are ours")
-    return lines
+PEERS = ("transformers", "llama.cpp", "kvpress")
+ROOM = 1024  # tokens beyond the prompt, for an engine with a context of fixed size
+WARM = 128  # tokens of a prompt that every worker reads before anything is measured
+SHORT = 1.0  # seconds; a shorter prefill is measured three times
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -401,7 +91,7 @@ class Bench:
     # -- workers --
 
     def start(self) -> None:
-        """What the machine is; the checkpoint."""
+        """Asks what the machine is, and finds the checkpoint."""
         self._start(self.machine)
         if self.machine.gone:
             raise WorkerError(self.machine.gone)
@@ -417,7 +107,7 @@ class Bench:
         self.loads[worker.name] = facts
         if worker.gone:
             self.note(f"{worker.name}: {worker.gone}")
-        elif worker is not self.machine:  # the first prefill of a process sets things up
+        elif worker is not self.machine:  # a process's first prefill takes longer
             with contextlib.suppress(WorkerError):
                 worker.ask("fill", ids=self.prompt(WARM), batch=1)
                 worker.ask("drop")
@@ -445,11 +135,12 @@ class Bench:
         return Worker(mode, policy, "ours", {**self.settings, **settings})
 
     def modes(self) -> list[bool]:
-        """Eager, compiled: which of the two."""
-        return [False] * self.args.eager + [True] * self.args.compile
+        """Whether compiled, of each mode that is asked for."""
+        asked = {False: self.args.eager, True: self.args.compile}
+        return [compiled for compiled, wanted in asked.items() if wanted]
 
     def grid_workers(self) -> list[Worker]:
-        """All systems of the grid. Our full cache comes first: the others are compared with it."""
+        """All systems of the grid; our full cache first, since the others are compared with it."""
         args = self.args
         policies = sorted(args.policies, key=lambda policy: policy != "full")
         workers = [self.ours(policy, mode) for mode in self.modes() for policy in policies]
@@ -462,7 +153,9 @@ class Bench:
                 python = args.kvpress_python or sys.executable
                 workers.append(Worker(peer, f"snapkv@{share:g}", peer, settings, python))
             elif (args.model != "demo" and args.gguf is None) or args.shape is not None:
-                self.note("llama.cpp is left out: it needs the demo, or --gguf with these weights")
+                self.note(
+                    "llama.cpp is left out: it needs --model demo, or --gguf with the weights"
+                )
             else:
                 gguf = args.gguf or self._checked(self.machine.ask("gguf"))["path"]
                 python = args.llama_python or sys.executable
@@ -481,7 +174,7 @@ class Bench:
         return self.bandwidths[-1]
 
     def ask(self, worker: Worker, request: str, **options) -> dict:
-        """An answer, with an eye on who else computes; what fails is an answer with `error`."""
+        """The worker's answer, or one with `error`. Notes who else used the processors."""
         try:
             with self.load.turn(worker, self.workers):
                 reply = worker.ask(request, **options)
@@ -496,7 +189,7 @@ class Bench:
         return self._checked(self.machine.ask("prompt", tokens=tokens, **where))["ids"]
 
     def fill(self, worker: Worker, ids: list[int], batch: int) -> dict:
-        """The answer to `fill`; where that is short, the time is the median of three."""
+        """The answer to `fill`. A short prefill is measured three times; the median counts."""
         replies = [self.ask(worker, "fill", ids=ids, batch=batch)]
         while len(replies) < 3 and replies[0].get("seconds", SHORT) < SHORT:
             replies.append(self.ask(worker, "fill", ids=ids, batch=batch))
@@ -505,7 +198,7 @@ class Bench:
         return replies[-1]
 
     def cell(self, workers: list[Worker], batch: int, length: int, show: bool = True) -> list[dict]:
-        """One batch size and length: every worker fills its cache, then they take turns."""
+        """One batch size and length: every worker reads the prompt, then they take turns."""
         args, ids = self.args, self.prompt(length)
         fills, turns, here = {}, {worker: [] for worker in workers}, []
         for worker in workers:
@@ -545,8 +238,11 @@ class Bench:
 
     def grid(self) -> None:
         args, workers = self.args, self.grid_workers()
+        groups = [workers]
+        if args.one_at_a_time:
+            groups = [[worker] for worker in workers]
         self.out(f"\n{HEADER}")
-        for group in [[worker] for worker in workers] if args.one_at_a_time else [workers]:
+        for group in groups:
             for worker in group:
                 self._start(worker)
             for length in args.length:
@@ -563,7 +259,7 @@ class Bench:
         self.out(f"| {what} | {form.format(value)} |")
 
     def from_grid(self) -> None:
-        """What the grid's rows say about systems side by side."""
+        """Ratios between the grid's rows."""
         rows = self.rows
         for row in rows:
             base = None if "error" in row else baseline(rows, row)
@@ -591,14 +287,14 @@ class Bench:
             self.questions(compiled)
 
     def questions(self, compiled: bool) -> None:
-        """What the grid does not say, of one mode."""
-        pair = self.ours("full", compiled), self.ours("lethe@100", compiled)
+        """What the grid does not say, in one mode."""
+        pair = self.ours("full", compiled), self.ours("lethe-plus@100", compiled)
         try:
-            with self.team(*pair) as (full, lethe):
-                self.scoring(full, lethe)
-                self.prefill(full, lethe)  # before the other settings of the next two
-                self.rounds(lethe)
-                self.long_text(lethe)
+            with self.team(*pair) as (full, plus):
+                self.scoring(full, plus)
+                self.prefill(full, plus)  # before the next two change the policy's settings
+                self.rounds(plus)
+                self.long_text(plus)
         except WorkerError as error:
             self.note(f"the rest of these questions: {error}")
 
@@ -614,82 +310,84 @@ class Bench:
             worker.close()
             self.workers.remove(worker)
 
-    def scoring(self, full: Worker, lethe: Worker) -> None:
-        """A step of Lethe that never prunes against one of the full cache, at equal length."""
+    def scoring(self, full: Worker, plus: Worker) -> None:
+        """A step of LethePlus that never prunes, against one of the full cache at equal length."""
         for batch in self.args.batch:
-            pair = self.cell([full, lethe], batch, self.args.target_length, show=False)
+            pair = self.cell([full, plus], batch, self.args.target_length, show=False)
             if not any("error" in row for row in pair):
                 where = f"batch {batch}, {self.args.target_length:,} tokens"
                 cost = 1 / speedup(pair[1], pair[0]) - 1
                 self.target(f"{full.label}: cost of scoring a step, {where}", cost, "{:+.1%}")
 
-    def prefill(self, full: Worker, lethe: Worker) -> None:
-        """Time with scores against without; how the peak grows with the prompt."""
-        args, seconds = self.args, {full: [], lethe: []}
+    def prefill(self, full: Worker, plus: Worker) -> None:
+        """Time with scores against time without; how the peak grows with the prompt."""
+        args, seconds = self.args, {full: [], plus: []}
         ids, middle = self.prompt(max(args.prefill)), args.prefill[len(args.prefill) // 2]
         for turn in range(max(2, args.reps // 2)):
-            for worker in (full, lethe) if turn % 2 else (lethe, full):
+            pair = [full, plus] if turn % 2 else [plus, full]
+            for worker in pair:
                 reply = self._checked(self.ask(worker, "fill", ids=ids[:middle], batch=1))
                 seconds[worker].append(reply["seconds"])
-        pairs = zip(seconds[full], seconds[lethe], strict=True)
+        pairs = zip(seconds[full], seconds[plus], strict=True)
         ratio = statistics.median(with_scores / without for without, with_scores in pairs)
-        facts = {"seconds": [statistics.median(seconds[worker]) for worker in (full, lethe)]}
+        facts = {"seconds": [statistics.median(seconds[worker]) for worker in (full, plus)]}
         what = f"{full.label}: prefill of {middle:,} tokens, with scores against without"
         self.target(what, ratio, "{:.2f}x", **facts)
-        for worker in (full, lethe):
+        for worker in (full, plus):
             self._checked(self.ask(worker, "drop"))
             for tokens in args.prefill:
                 reply = self._checked(self.ask(worker, "fill", ids=ids[:tokens], batch=1))
                 grown = (reply["peak"] - worker.facts["resident"]) / MB
-                with_scores = "with" if worker is lethe else "without"
-                what = f"{full.label}: growth in prefill {with_scores} scores, {tokens:,} tokens"
+                with_or_without = "with" if worker is plus else "without"
+                how = f"{with_or_without} scores, {tokens:,} tokens"
+                what = f"{full.label}: growth in prefill {how}"
                 self.target(what, grown, "{:,.0f} MB", kv_bytes=reply["kv_bytes"])
 
-    def rounds(self, lethe: Worker) -> None:
-        """Time in rounds: two intervals of a real run from --target-length tokens on."""
+    def rounds(self, plus: Worker) -> None:
+        """Share of time in rounds, over two intervals that begin at --target-length tokens."""
         args = self.args
         budget = max(16, round(0.083 * args.target_length))
-        self._checked(self.ask(lethe, "configure", share=None, budget=budget))
+        self._checked(self.ask(plus, "configure", share=None, budget=budget))
         for batch in args.batch:
             ids = self.prompt(args.target_length)
-            self._checked(self.ask(lethe, "fill", ids=ids, batch=batch))
-            reply = self._checked(self.ask(lethe, "decode", count=2 * args.interval))
+            self._checked(self.ask(plus, "fill", ids=ids, batch=batch))
+            reply = self._checked(self.ask(plus, "decode", count=2 * args.interval))
             steps, rounds = sum(reply["step_seconds"]), reply["rounds_total"]
             what = (
-                f"{lethe.label}: share of decode in rounds, batch {batch}, budget {budget} of "
+                f"{plus.label}: share of decode in rounds, batch {batch}, budget {budget} of "
                 f"{args.target_length:,}, interval {args.interval}"
             )
             facts = {"round_seconds": reply["round_seconds"], "step_seconds": steps}
             self.target(what, rounds / (steps + rounds), "{:.1%}", **facts)
 
-    def long_text(self, lethe: Worker) -> None:
-        """Time per token late in a long text against early, windows in turn."""
+    def long_text(self, plus: Worker) -> None:
+        """Time per token late in a long text against time early in it, in alternating windows."""
         args = self.args
         budget, (early, late), seen = args.budget, args.long, 16
         changes = {"share": None, "budget": budget, "positions": "compact"}
-        self._checked(self.ask(lethe, "configure", **changes))
-        self._checked(self.ask(lethe, "fill", ids=self.prompt(seen), batch=1))
+        self._checked(self.ask(plus, "configure", **changes))
+        self._checked(self.ask(plus, "fill", ids=self.prompt(seen), batch=1))
         for goal, then in ((early, "snapshot"), (late, "swap")):
-            while seen < goal:  # in pieces, so that none outlasts the limit
+            while seen < goal:  # in pieces, each within --timeout
                 count = min(500, goal - seen)
-                self._checked(self.ask(lethe, "decode", count=count))
+                self._checked(self.ask(plus, "decode", count=count))
                 seen += count
-            self._checked(self.ask(lethe, then))
+            self._checked(self.ask(plus, then))
         windows: list[list[float]] = [[], []]  # early, late: seconds a token
         for turn in range(2 * args.windows):
-            reply = self._checked(self.ask(lethe, "decode", count=2 * args.interval))
+            reply = self._checked(self.ask(plus, "decode", count=2 * args.interval))
             rounds = reply["rounds_total"] / len(reply["step_seconds"])
             windows[turn % 2] += [seconds + rounds for seconds in reply["step_seconds"]]
-            self._checked(self.ask(lethe, "swap"))
+            self._checked(self.ask(plus, "swap"))
         first, last = (statistics.median(seconds) for seconds in windows)
-        what = f"{lethe.label}: time per token at {late:,} against {early:,}, budget {budget}"
+        what = f"{plus.label}: time per token at {late:,} against {early:,}, budget {budget}"
         self.target(what, last / first, "{:.3f}x", ms=[1e3 * first, 1e3 * last])
 
     def run_curve(self) -> None:
-        """Time per token and memory while a text grows, all workers in turn, window by window."""
+        """Time per token and memory while a text grows; workers alternate, window by window."""
         args = self.args
         batch, prompt, windows = args.batch[0], 64, 40
-        names = [("full", {}), ("lethe", {"budget": args.budget})]
+        names = [("full", {}), ("lethe-plus", {"budget": args.budget})]
         team = [self.ours(name, mode, **more) for mode in self.modes() for name, more in names]
         window = max(1, (args.curve_tokens - prompt) // windows)
         with self.team(*team):
@@ -727,8 +425,8 @@ class Bench:
     # -- the end --
 
     def report(self) -> dict:
-        """Everything, for JSON."""
-        hardware = {
+        """Everything that was measured, for JSON."""
+        machine = {
             "processor": processor(),
             "cores": os.cpu_count(),
             "memory_bytes": memory_bytes(),
@@ -736,10 +434,8 @@ class Bench:
             **{key: self.machine.facts.get(key) for key in ("gpu", "gpu_memory")},
         }
         middle = quartiles(self.bandwidths) if self.bandwidths else [0.0, 0.0, 0.0]
-        settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(self.args).items()}
         return {
-            "settings": settings,
-            "hardware": hardware,
+            "hardware": machine,
             "versions": {"python": platform.python_version(), **self.versions},
             "commit": commit(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -754,21 +450,21 @@ class Bench:
 
     def head(self) -> str:
         args, facts = self.args, self.machine.facts
-        gpu = f", {facts['gpu']}" if facts.get("gpu") else ""
         model = f"random weights in the shape of {args.shape}" if args.shape else args.model
         lines = [
-            f"{model}, {args.dtype} on {args.device}, {args.threads} threads, commit {commit()}",
-            f"{processor()}, {os.cpu_count()} cores, {memory_bytes() / 1e9:.0f} GB{gpu}; Python "
-            f"{platform.python_version()}, torch {facts['versions']['torch']}",
+            f"{model}, {args.dtype} on {args.device}, commit {commit()}",
+            hardware(args.threads, facts.get("gpu", "")),
         ]
         if args.shape:
             lines.append(
-                "no checkpoint: prompts are random ids, and scores are put in before each round in "
-                "the shape of a trained model's (a few sinks, a decaying tail); read speed and "
-                "memory here, nothing else"
+                "no checkpoint: prompts are random ids, and the scores behind the prompt are made "
+                "up (a few sinks, a decaying tail), so these figures say something about speed "
+                "and memory alone"
             )
         if args.one_at_a_time:
-            lines.append("systems run one after the other, so ratios are of medians, not of turns")
+            lines.append(
+                "systems ran one after the other, so a ratio is one of medians, not of turns"
+            )
         return "\n".join(lines)
 
     def tail(self) -> str:
@@ -782,14 +478,17 @@ class Bench:
         )
         shares = report["processor_shares"]
         lines.append(
-            f"during turns {shares['idle_workers']:.1%} of the processors went to workers that "
-            f"waited, {shares['others']:.1%} to other programs"
+            f"during turns, waiting workers used {shares['idle_workers']:.1%} of the processors "
+            f"and other programs {shares['others']:.1%}"
         )
-        first = {r["system"] + " " + r["policy"]: r["first_steps_seconds"] for r in self.rows[::-1]
-                 if "first_steps_seconds" in r}  # fmt: skip
+        first = {
+            f"{row['system']} {row['policy']}": row["first_steps_seconds"]
+            for row in self.rows[::-1]
+            if "first_steps_seconds" in row
+        }
         if first:
             each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in first.items())
-            lines.append(f"the first two steps, compiling included: {each}")
+            lines.append(f"the first two steps, which compile, took: {each}")
         for kind, versions in self.versions.items():
             named = {k: v for k, v in versions.items() if k != "torch" or kind != "machine"}
             if named and kind not in ("ours", "machine"):
@@ -803,14 +502,11 @@ class Bench:
 # -- the command line ------------------------------------------------------------------------------
 
 
-def weights_estimate(shape: str) -> int:
-    """Bytes of a geometry in a dtype of two bytes."""
-    s = SHAPES[shape]
-    hidden, D = s["hidden_size"], s["hidden_size"] // s["num_attention_heads"]
-    attention = hidden * (2 * hidden + 2 * s["num_key_value_heads"] * D)
-    layer = attention + 3 * hidden * s["intermediate_size"]
-    ends = s["vocab_size"] * hidden * (1 if s["tie_word_embeddings"] else 2)
-    return 2 * (s["num_hidden_layers"] * layer + ends)
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -823,50 +519,80 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     add("--threads", type=int, help="default: as many as there are cores")
-    add("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
-    add("--length", type=int, nargs="+", default=[64, 4000], help="default: 64 4000")
-    add("--policies", nargs="+", default=["full", "lethe@8.3"], metavar="NAME[@PERCENT]")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    add("--length", type=int, nargs="+", default=[64, 4000],
+        help="tokens of the prompt (default: 64 4000)")  # fmt: skip
+    add("--policies", nargs="+", default=["full", "lethe-plus@8.3"], metavar="NAME[@PERCENT]",
+        help="full, and others at a percentage (default: full lethe-plus@8.3)")  # fmt: skip
     add("--interval", type=int, default=128, help="tokens between rounds (default: 128)")
     add("--compile", action="store_true", help="also measure this package compiled")
-    add("--no-eager", dest="eager", action="store_false", help="and not eager")
-    add("--peers", nargs="*", choices=PEERS, help="default: transformers, and what has a python")
-    add("--llama-python", help="interpreter that has llama-cpp-python")
-    add("--llama-flash", nargs="+", default=["auto", "off"], choices=["auto", "on", "off"])
+    add(
+        "--no-eager",
+        dest="eager",
+        action="store_false",
+        help="with --compile: do not measure eager mode",
+    )
+    add("--peers", nargs="*", choices=PEERS,
+        help="other engines (default: transformers, and those whose python is given)")  # fmt: skip
+    add("--llama-python", help="a Python that has llama-cpp-python")
+    add("--llama-flash", nargs="+", default=["auto", "off"], choices=["auto", "on", "off"],
+        help="llama.cpp's flash attention (default: auto off)")  # fmt: skip
     add("--gguf", type=Path, help="the same weights for llama.cpp; default: the demo's")
-    add("--kvpress-python", help="interpreter that has kvpress")
+    add("--kvpress-python", help="a Python that has kvpress")
     add("--reps", type=int, default=9, help="turns of each system in a cell (default: 9)")
     add("--steps", type=int, default=5, help="timed steps in a turn (default: 5)")
-    add("--one-at-a-time", action="store_true", help="one worker after the other; saves memory")
+    add(
+        "--one-at-a-time",
+        action="store_true",
+        help="run one system after the other, to save memory",
+    )
     add("--quick", action="store_true", help="3 turns of 3 steps")
-    add("--targets", action="store_true", help="also scoring, rounds, prefill, long texts")
-    add("--no-grid", dest="grid", action="store_false", help="with --targets: these alone")
-    add("--target-length", type=int, default=4096, help="for --targets (default: 4096)")
-    add("--prefill", type=int, nargs="+", default=[2000, 4000, 8000], help="for --targets")
-    add("--long", type=int, nargs=2, default=[2000, 16000], help="for --targets: early, late")
-    add("--windows", type=int, default=4, help="of each kind, for --targets (default: 4)")
-    add("--budget", type=int, default=512, help="for --curve and --long (default: 512)")
-    add("--curve", action="store_true", help="instead: time per token against generated length")
-    add("--curve-tokens", type=int, default=4000, help="default: %(default)s")
-    add("--bandwidth-mb", type=int, default=1000, help="block to read (default: 1000)")
+    add("--targets", action="store_true", help="also measure scoring, rounds, prefill, long texts")
+    add("--no-grid", dest="grid", action="store_false", help="with --targets: measure nothing else")
+    add(
+        "--target-length",
+        type=int,
+        default=4096,
+        help="for --targets: tokens in the cache (default: 4096)",
+    )
+    add("--prefill", type=int, nargs="+", default=[2000, 4000, 8000],
+        help="for --targets: tokens of a prompt (default: 2000 4000 8000)")  # fmt: skip
+    add("--long", type=int, nargs=2, default=[2000, 16000],
+        help="for --targets: tokens early and late in a text (default: 2000 16000)")  # fmt: skip
+    add("--windows", type=int, default=4, help="for --targets: early and late, each (default: 4)")
+    add(
+        "--budget",
+        type=int,
+        default=512,
+        help="for --curve and --long: tokens per layer (default: 512)",
+    )
+    add("--curve", action="store_true", help="measure time per token against text length instead")
+    add("--curve-tokens", type=int, default=4000, help="length of that text (default: 4000)")
+    add(
+        "--bandwidth-mb",
+        type=int,
+        default=1000,
+        help="size of the block read to measure bandwidth (default: 1000)",
+    )
     add("--timeout", type=float, default=900, help="seconds a worker may take for an answer")
     add("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
-    args.threads = args.threads or len(
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
+    args.threads = args.threads or cores()
     if args.quick:
         args.reps, args.steps = 3, 3
     least = (*args.batch, *args.length, *args.prefill, *args.long, args.reps, args.steps)
     if min(*least, args.windows, args.interval, args.budget, args.threads) < 1:
         parser.error("sizes and counts should be at least 1")
     if max(args.reps * (args.steps + 1) + 2, 0) > ROOM:
-        parser.error(f"--reps x --steps should stay below {ROOM}")
+        parser.error(f"--reps times --steps should stay below {ROOM}")
     if not args.eager and not args.compile:
-        parser.error("--no-eager leaves nothing to measure without --compile")
+        parser.error("--no-eager needs --compile, or nothing is measured")
     if args.peers is None:
         args.peers = ["transformers"]
-        args.peers += ["llama.cpp"] if args.llama_python else []
-        args.peers += ["kvpress"] if args.kvpress_python else []
+        if args.llama_python:
+            args.peers.append("llama.cpp")
+        if args.kvpress_python:
+            args.peers.append("kvpress")
     check_policies(parser, args)
     workers = len(args.policies) * (args.eager + args.compile) + len(args.peers)
     large = args.shape is not None and workers * weights_estimate(args.shape) > memory_bytes() / 2
@@ -875,8 +601,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_policies(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    from lethe_mini.policies import POLICIES
-
     for policy in args.policies:
         name, _, percent = policy.partition("@")
         try:
@@ -908,9 +632,9 @@ def main(argv: list[str] | None = None) -> int:
             bench.run_targets()
     except KeyboardInterrupt:
         code = 130
-        for another in (signal.SIGINT, signal.SIGTERM):  # would stop the partial table
+        for another in (signal.SIGINT, signal.SIGTERM):  # or the table would be cut
             signal.signal(another, signal.SIG_IGN)
-        bench.note("interrupted: what is above is all there is")
+        bench.note("interrupted before the end")
     except WorkerError as error:
         code = 1
         bench.note(f"stopped: {error}")
@@ -918,8 +642,8 @@ def main(argv: list[str] | None = None) -> int:
         bench.close()
     if bench.bandwidths:
         bench.out(bench.tail())
-    if args.json is not None:
-        args.json.write_text(json.dumps(bench.report(), indent=1) + "\n", encoding="utf-8")
+    with user_errors():
+        write_json(args.json, args, bench.report())
     return code
 
 

@@ -1,47 +1,34 @@
-"""Time per token and KV memory against generated length, full cache and Lethe, as an SVG.
+"""Time per token and KV memory against text length, full cache and LethePlus, as an SVG.
 
     python -m benchmarks.speed.decode --curve --json curve.json
     python -m benchmarks.speed.plot_decode curve.json [docs/speed.svg]
 
-Needs matplotlib: pip install 'lethe-mini[plot]'. Lines differ in dash and marker, not in colour
-alone, and carry their names; greys and two mid tones read on a light page and on a dark one.
+Needs matplotlib: pip install 'lethe-mini[plot]'.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-INK = "#808080"  # about as far from white as from black
-COLORS = {"full": "#d1662b", "lethe": "#3a87c8"}
+from benchmarks import ROOT
+from benchmarks.common.plots import INK, STYLE, draw_or_say, save
+
+COLORS = {"full": "#d1662b", "lethe-plus": "#3a87c8"}
 DASHES = {"ours eager": (0, (5, 2)), "ours compiled": "solid"}
-MARKERS = {"full": "s", "lethe": "o"}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lethe-mini",  # the same figures give the same file
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+MARKERS = {"full": "s", "lethe-plus": "o"}
 
 
 def label(line: dict, alone: bool) -> str:
-    """What stands beside a line: the policy, and the mode if there are two."""
-    what = "full cache" if line["policy"] == "full" else f"Lethe, budget {line['budget']}"
+    """A line's name: the policy, and the mode if there are two."""
+    what = "full cache"
+    if line["policy"] != "full":
+        what = f"LethePlus, budget {line['budget']}"
     return what if alone else f"{what}, {line['system'].removeprefix('ours ')}"
 
 
 def spread(places: list[float], apart: float) -> list[float]:
-    """The places, moved up as little as it takes for labels to stand `apart` from each other."""
+    """The places of labels, moved up as little as needed, so that they stand `apart`."""
     moved, last = list(places), None
     for index in sorted(range(len(places)), key=lambda i: places[i]):
         if last is not None:
@@ -50,29 +37,8 @@ def spread(places: list[float], apart: float) -> list[float]:
     return moved
 
 
-def save(figure, out: Path) -> None:
-    """Writes it, with room for what stands beside the axes, and closes it."""
-    import matplotlib.pyplot as plt
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # No date, so that equal figures give an equal file.
-    figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-
-
-def draw_or_say(draw: Callable[..., None], facts, out: Path) -> int:
-    """A plotting command's end: the exit code, and where the picture is or why there is none."""
-    try:
-        draw(facts, out)
-    except ImportError:
-        print("plots need matplotlib: pip install 'lethe-mini[plot]'", file=sys.stderr)
-        return 2
-    print(out)
-    return 0
-
-
 def draw(facts: dict, out: Path) -> None:
-    """facts: what decode.py --curve wrote."""
+    """facts: what `decode --curve --json` wrote."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,13 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Path(__file__).resolve().parents[2] / "docs" / "speed.svg"
-    parser.add_argument("json", type=Path, help="what decode.py --curve wrote")
-    parser.add_argument("svg", type=Path, nargs="?", default=default)
+    parser.add_argument("json", type=Path, help="what `decode --curve --json` wrote")
+    parser.add_argument("svg", type=Path, nargs="?", default=ROOT / "docs" / "speed.svg",
+        help="the picture to write (default: docs/speed.svg)")  # fmt: skip
     args = parser.parse_args(argv)
     facts = json.loads(args.json.read_text(encoding="utf-8"))
     if not any(line["points"] for line in facts.get("curve", [])):
-        print(f"{args.json} has no curve; write one with decode.py --curve", file=sys.stderr)
+        print(f"{args.json} has no curve; write one with decode --curve --json", file=sys.stderr)
         return 2
     return draw_or_say(draw, facts, args.svg)
 

@@ -3,20 +3,19 @@
     python -m benchmarks.speed.profile_step [--batch 1] [--length 4000] [--budget 340] [--compile]
         [--json FILE]
 
-Eager: the functions and modules of the package are wrapped from outside by clocks, each of which
-stops while one inside it runs, so that the parts add up to the whole; nothing is added to the
-package. The clocks cost something themselves, so steps are also timed bare, in turns with the
-wrapped ones, and the parts are scaled to that. What scoring costs is found by substitution as well:
-a policy that keeps scores and never prunes, against the full cache at the same length. Rounds are
-timed and shared out over the interval.
+In eager mode, clocks are wrapped around the package's functions and modules from outside; the
+package itself is not changed. A clock stops while another one inside it runs, so that the parts add
+up to the whole. The clocks cost time themselves. So steps are timed without clocks, too, in turns
+with the others, and the parts are scaled to these. What scoring costs is also found by difference:
+a policy that keeps scores and never prunes, less the full cache at the same length. Rounds are
+timed and divided by the interval.
 
-`operators` is the time inside PyTorch's operators, by its profiler; what is left of a step is
-Python and PyTorch's way from one operator to the next. With --compile only this division is made,
-for the compiled layers have no parts to wrap: the kernels, what runs beside them, and the host.
+`operators` is the time inside PyTorch's operators, by its profiler. The rest of a step is Python,
+and PyTorch's way from one operator to the next. With --compile there are no functions to wrap, so
+only this division is made: the kernels, what runs beside them, and the host.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,14 +24,21 @@ from pathlib import Path
 import torch
 
 import lethe_mini.model as model_module
-from benchmarks.speed.decode import commit, processor, quartiles
-from benchmarks.speed.decode_worker import Machine, Ours
-from lethe_mini.cache import KVCache, LayerCache
+from benchmarks.common.commands import user_errors
+from benchmarks.common.hardware import commit, hardware
+from benchmarks.common.results import write_json
+from benchmarks.common.words import word_ids
+from benchmarks.speed.ours import Ours
+from benchmarks.speed.rows import quartiles
+from lethe_mini.cache import LayerCache
 from lethe_mini.checkpoint.load import resolve
+from lethe_mini.checkpoint.text import Text
+from lethe_mini.policy import Lethe
 
 OVERALL = "everything else"
-# Functions that a step goes through, by the part they belong to. One that is gone is left out, and
-# its time then counts for what called it.
+NEVER = "lethe-plus, never prunes"
+# Functions that a step goes through, and the part that each belongs to. Without one of them its
+# time counts for its caller.
 FUNCTIONS = {
     "linear": "projections",
     "attend": "attention",
@@ -42,7 +48,7 @@ FUNCTIONS = {
     "causal_mask": "attention",
 }
 METHODS = {
-    (KVCache, "decay"): "scoring: decay",
+    (Lethe, "decay"): "scoring: decay",
     (LayerCache, "reserve"): "cache: bookkeeping",
 }
 
@@ -73,8 +79,8 @@ class Clocks:
                 if inner:
                     inner[-1] += took
 
-        own = name in vars(owner)
-        self.undo.append((owner, name, original if own else None))
+        own = name in vars(owner)  # if it is inherited, deleting the wrapper restores it
+        self.undo.append((owner, name, original, own))
         setattr(owner, name, timed)
 
     def wrap_model(self, model) -> None:
@@ -96,11 +102,11 @@ class Clocks:
                 self.wrap(module, "forward", "layers: residuals, views")
 
     def unwrap(self) -> None:
-        for owner, name, original in reversed(self.undo):
-            if original is None:
-                delattr(owner, name)
-            else:
+        for owner, name, original, own in reversed(self.undo):
+            if own:
                 setattr(owner, name, original)
+            else:
+                delattr(owner, name)
         self.undo = []
 
 
@@ -178,16 +184,16 @@ def measure(args: argparse.Namespace) -> dict:
         import torch._inductor.config as inductor
 
         inductor.cpp.enable_kernel_profile = True
-    ids = Machine(settings).prompt(folder, None, args.length)["ids"]
+    ids = word_ids(Text(Path(folder)), args.length)
     full = Ours(settings)
     full.load()
     systems = {"full": full}
-    lethe = {"lethe, never prunes": None, f"lethe, budget {args.budget}": args.budget}
-    for name, budget in lethe.items():
-        systems[name] = Ours({**settings, "policy": "lethe", "budget": budget})
+    budgets = {NEVER: None, f"lethe-plus, budget {args.budget}": args.budget}
+    for name, budget in budgets.items():
+        systems[name] = Ours({**settings, "policy": "lethe-plus", "budget": budget})
         systems[name].engine = full.engine
     facts = {"settings": {**vars(args), **settings, "json": None}, "systems": {}}
-    facts |= {"torch": torch.__version__, "commit": commit(), "processor": processor()}
+    facts |= {"hardware": hardware(), "commit": commit()}
     for system in systems.values():
         system.fill(ids, args.batch)
         system.steps(0, warm=3)
@@ -207,7 +213,7 @@ def measure(args: argparse.Namespace) -> dict:
             found["round_seconds"] = statistics.median(system.round_seconds)
             found["rounds"] = found["round_seconds"] / args.interval
         facts["systems"][name] = found
-    scored, plain = bare["lethe, never prunes"], bare["full"]
+    scored, plain = bare[NEVER], bare["full"]
     differences = [a - b for a, b in zip(scored, plain, strict=True)]
     facts["scoring"] = statistics.median(differences)
     return facts
@@ -219,9 +225,8 @@ def show(facts: dict) -> str:
     mode = "compiled" if settings["compile"] else "eager"
     lines = [
         f"{settings['model']}, {settings['dtype']} on {settings['device']}, {mode}, "
-        f"{settings['threads']} threads, torch {facts['torch']}; batch {settings['batch']}, "
-        f"{settings['length']:,} tokens; ms a step",
-        f"{facts['processor']}, commit {facts['commit']}",
+        f"batch {settings['batch']}, {settings['length']:,} tokens; ms a step",
+        f"{facts['hardware']}, commit {facts['commit']}",
         "",
         "| part | " + " | ".join(systems) + " |",
         "|---|" + "---:|" * len(systems),
@@ -271,11 +276,12 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default="demo", help="a folder, a hub id or demo (default: %(default)s)")
     add("--device", default="cpu", help="default: %(default)s")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"],
+        help="default: %(default)s")  # fmt: skip
     add("--threads", type=int, help="default: PyTorch's")
     add("--batch", type=int, default=1, help="default: %(default)s")
     add("--length", type=int, default=4000, help="tokens in the cache (default: %(default)s)")
-    add("--budget", type=int, default=340, help="of Lethe (default: %(default)s)")
+    add("--budget", type=int, default=340, help="of LethePlus (default: %(default)s)")
     add("--interval", type=int, default=128, help="tokens between rounds (default: %(default)s)")
     add("--steps", type=int, default=5, help="in a turn (default: %(default)s)")
     add("--turns", type=int, default=4, help="default: %(default)s")
@@ -284,11 +290,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.batch, args.length, args.budget, args.interval, args.steps, args.turns) < 1:
         parser.error("sizes and counts should be at least 1")
-    with torch.inference_mode():
+    with user_errors(), torch.inference_mode():
         facts = measure(args)
-    print(show(facts))
-    if args.json is not None:
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        print(show(facts))
+        write_json(args.json, args, facts)
     return 0
 
 

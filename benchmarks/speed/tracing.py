@@ -1,18 +1,19 @@
-"""What recording a trace costs: the time spent in the recorder, as a share of decoding.
+"""What recording a trace costs: the time spent in the recorder, as a share of decoding time.
 
     python -m benchmarks.speed.tracing [--model demo] [--tokens 600] [--budget 128] [--interval 128]
-        [--batch 1 8] [--policy lethe h2o snapkv rkv]
+        [--batch 1 8] [--policy lethe-plus h2o snapkv rkv]
 
-Timed is the recorder itself, around every round, and where a sequence ends, in a run that is
-traced; two runs set side by side differ by more than that for reasons of their own. The prompt is
-not part of it. Prints a table.
+The clock runs only inside the recorder: before and after every round, and where a sequence ends. A
+run with a trace is not compared with one without, for two runs differ by more than the recorder
+takes. Prefill is not counted. Prints a Markdown table.
 """
 
 import argparse
 import time
-from contextlib import contextmanager
-from dataclasses import fields
 
+from benchmarks.common.commands import user_errors
+from benchmarks.common.hardware import hardware
+from benchmarks.common.policies import make_policy
 from lethe_mini import Engine
 from lethe_mini.lens.trace import Trace
 from lethe_mini.policies import POLICIES
@@ -21,53 +22,56 @@ PROMPT = "Write a long story about a lighthouse keeper."
 
 
 class Timed(Trace):
-    """A trace that knows how long it took; the round that it records is not counted."""
+    """A trace that measures how long it takes to record."""
 
     seconds = 0.0
 
-    @contextmanager
-    def round(self, policy, cache, due, owners):
+    def round_begins(self, *args):
+        self._timed(super().round_begins, *args)
+
+    def round_ends(self, *args):
+        self._timed(super().round_ends, *args)
+
+    def ends(self, *args):
+        self._timed(super().ends, *args)
+
+    def _timed(self, record, *args) -> None:
         start = time.perf_counter()
-        with super().round(policy, cache, due, owners):
-            inside = time.perf_counter()
-            yield
-            start += time.perf_counter() - inside
+        record(*args)
         self.seconds += time.perf_counter() - start
 
-    def ends(self, index, read, generated):
-        start = time.perf_counter()
-        super().ends(index, read, generated)
-        self.seconds += time.perf_counter() - start
+
+def row(engine: Engine, name: str, batch: int, args: argparse.Namespace) -> str:
+    """A line of the table, from a run with a trace."""
+    policy = make_policy(name, budget=args.budget, interval=args.interval)
+    trace, prompts = Timed(), [PROMPT] * batch
+    stats = engine.generate(
+        prompts, policy, args.tokens, temperature=1.0, ignore_eos=True, trace=trace
+    ).stats
+    cells = [name, batch, stats.rounds, f"{stats.decode_seconds:.1f}", f"{trace.seconds:.3f}"]
+    cells.append(f"{trace.seconds / stats.decode_seconds:.2%}")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--tokens", type=int, default=600)
-    parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--interval", type=int, default=128)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--policy", nargs="+", default=["lethe", "h2o", "snapkv", "rkv"])
-    args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model)
-    print(
-        "| policy | batch | rounds | decode, s | recorder, s | share |\n|---|---|---|---|---|---|"
-    )
-    for name in args.policy:
-        known = {spec.name for spec in fields(POLICIES[name])}
-        options = {"budget": args.budget, "interval": args.interval}
-        policy = POLICIES[name](**{k: v for k, v in options.items() if k in known})
-        for batch in args.batch:
-            trace = Timed()
-            stats = engine.generate(
-                [PROMPT] * batch, policy, args.tokens, temperature=1.0, ignore_eos=True, trace=trace
-            ).stats
-            share = trace.seconds / stats.decode_seconds
-            print(
-                f"| {name} | {batch} | {stats.rounds} | {stats.decode_seconds:.1f} | "
-                f"{trace.seconds:.3f} | {share:.2%} |",
-                flush=True,
-            )
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", default="demo", help="default: %(default)s")
+    add("--tokens", type=int, default=600, help="tokens to decode (default: %(default)s)")
+    add("--budget", type=int, default=128, help="tokens per layer (default: %(default)s)")
+    add("--interval", type=int, default=128, help="tokens between rounds (default: %(default)s)")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    add("--policy", nargs="+", default=["lethe-plus", "h2o", "snapkv", "rkv"], choices=[*POLICIES],
+        metavar="NAME", help="default: lethe-plus h2o snapkv rkv")  # fmt: skip
+    args = parser.parse_args(argv)
+    with user_errors():
+        engine = Engine.from_pretrained(args.model)
+        print(f"{args.model}, {args.tokens} tokens, budget {args.budget}; {hardware()}\n")
+        print("| policy | batch | rounds | decode, s | recorder, s | share |")
+        print("|---|---|---|---|---|---|")
+        for name in args.policy:
+            for batch in args.batch:
+                print(row(engine, name, batch, args), flush=True)
 
 
 if __name__ == "__main__":

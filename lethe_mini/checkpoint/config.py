@@ -1,9 +1,9 @@
-"""config.json to a ModelConfig: every value is checked, for nothing in a checkpoint is trusted.
+"""config.json to a ModelConfig: every value is checked, since a checkpoint may hold anything.
 
-Two architectures are known, `LlamaForCausalLM` and `Qwen2ForCausalLM`, and three kinds of RoPE.
-Whatever would need other mathematics is refused by name, so that no model is ever run wrongly. Both
-spellings of RoPE are read: `rope_theta` with `rope_scaling` (checkpoints up to 2025), and
-`rope_parameters` (written by transformers 5).
+The engine runs two architectures, `LlamaForCausalLM` and `Qwen2ForCausalLM`, and three kinds of
+RoPE. Anything else raises an error that names the unsupported feature. Both spellings of RoPE are
+read: `rope_theta` with `rope_scaling` (most checkpoints on the hub), and `rope_parameters` (written
+by transformers 5).
 """
 
 import json
@@ -66,7 +66,7 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     refuse(name not in ARCHITECTURES, f"architecture {name!r} is not supported; {known}")
     quantized = data.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    instead = "take the unquantized one, or a GGUF with python -m lethe_mini.convert_gguf"
+    instead = "take the unquantized one, or convert a GGUF (lethe_mini.checkpoint.convert_gguf)"
     refuse(quantized, f"a quantized checkpoint ({method!r}) is not supported; {instead}")
     refuse(_has_window(data), "sliding-window attention is not supported")
     act = data.get("hidden_act")
@@ -81,7 +81,7 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     head_dim = number("head_dim", default=max(1, hidden // heads))
     refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
 
-    # transformers 5 keeps everything about RoPE in one dictionary; before, theta stood beside.
+    # transformers 5 keeps everything about RoPE in one dictionary; others keep theta beside it.
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     refuse(not isinstance(rope, dict), f"rope_parameters should be an object, not {rope!r}")
     partial = any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope))

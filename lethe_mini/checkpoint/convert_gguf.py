@@ -1,10 +1,10 @@
-"""GGUF to a model folder: python -m lethe_mini.convert_gguf IN.gguf OUT_FOLDER
+"""GGUF to a model folder: python -m lethe_mini.checkpoint.convert_gguf IN.gguf OUT_FOLDER
 
 Reads the architectures that lethe-mini runs (`llama` and `qwen2`), in any quantization that the
 `gguf` package can undo, and writes what a checkpoint on the hub holds: config.json,
 model.safetensors in bfloat16, tokenizer.json, tokenizer_config.json, generation_config.json.
-Whatever the result would get wrong (another architecture, RoPE or pre-tokenizer, a tensor that the
-model does not have) is refused by name. The folder appears whole or not at all.
+Anything else (another architecture, RoPE or pre-tokenizer, a tensor that the model does not have)
+raises an error that names it. The folder appears whole or not at all.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def rope_scaling(source: Source, head_dim: int, theta: float) -> dict | None:
     if "rope_freqs.weight" not in source.tensors:
         return linear
     given = source.weight("rope_freqs.weight", (head_dim // 2,))
-    with np.errstate(all="ignore"):  # a senseless theta is refused later, by name
+    with np.errstate(all="ignore"):  # parse_config checks theta later
         turns = 8192 / (2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
     # A pair that turns less than once in the 8,192 tokens of the first training is slowed by the
     # factor, one that turns more than 4 times is left alone, and those between are blended.
@@ -348,8 +348,8 @@ def sentencepiece(source, tokens: list, types: list, ids: dict) -> tuple[Tokeniz
 
 
 def main() -> int:
-    about = "Converts a GGUF file to a model folder."
-    parser = argparse.ArgumentParser(prog="python -m lethe_mini.convert_gguf", description=about)
+    program, about = "lethe_mini.checkpoint.convert_gguf", "Converts a GGUF file to a model folder."
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
     parser.add_argument("gguf", metavar="IN.gguf")
     parser.add_argument("folder", metavar="OUT_FOLDER")
     args = parser.parse_args()

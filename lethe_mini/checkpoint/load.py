@@ -1,9 +1,9 @@
 """From a name to a model in memory: find the folder, check every tensor, fill every parameter once.
 
-`resolve` turns `reasoner`, `demo`, a folder or a hub id into a folder; of a hub repository only
-safetensors, JSON and chat templates are ever fetched. `load_weights` plans first (names, shapes and
-dtypes are checked from the headers alone) and reads second, tensor by tensor, into the final dtype
-and device: one copy of the model in memory, no tie to the files left. Nothing is ever unpickled.
+`resolve` turns `reasoner`, `demo`, a folder or a hub id into a folder. Of a hub repository it
+fetches only safetensors, JSON and chat templates. `load_weights` first checks names, shapes and
+dtypes from the headers, then reads tensor by tensor into the final dtype and device. So memory
+holds one copy of the model, and no file stays open. Nothing is unpickled.
 """
 
 import logging
@@ -28,7 +28,7 @@ NO_PICKLES = "pickled weights (.bin, .pt, .pth) are never read, so convert those
 def resolve(model: str, revision: str | None = None) -> Path:
     """The folder of `reasoner` (it ships with the package), of `demo`, of a local checkpoint, or of
     a hub repository, fetched if need be."""
-    folder = os.path.expanduser(model)  # os.path, unlike Path, answers for any string at all
+    folder = os.path.expanduser(model)  # os.path, unlike Path, takes any string
     if revision is not None and (model in ("reasoner", "demo") or os.path.exists(folder)):
         raise UserError(f"a revision is for models on the hub; {model!r} is local, so leave it out")
     if model == "reasoner":
@@ -47,7 +47,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
 
 def _fetch(model: str, revision: str | None) -> Path:
-    """The snapshot of a hub repository; the cached one if the hub cannot be reached."""
+    """The snapshot of a hub repository, or the cached one if the hub cannot be reached."""
     from huggingface_hub import errors, snapshot_download  # slow to import, often not needed
 
     def snapshot(**options) -> Path:
@@ -82,7 +82,7 @@ def _fetch(model: str, revision: str | None) -> Path:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silences a logger's warnings: what matters of them reaches the user as one UserError."""
+    """Silences a logger's warnings. The UserError that follows says what matters of them."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -112,7 +112,7 @@ def pick_device(name: str) -> str:
         raise UserError(f"device should be auto, cpu, cuda or mps, not {name!r}")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # PyTorch says it in many lines and two ways
+    except (RuntimeError, AssertionError):  # PyTorch raises either
         raise UserError(f"this machine has no device {name!r}; use --device cpu or auto") from None
     return name
 
@@ -155,8 +155,8 @@ def load_weights(
 
     for name, (file, key) in plan.items():
         weight = torch.empty(shapes[name], dtype=dtype, device=device)
-        # safe_open maps the file and its tensors are views of it: copy, so that the weights are
-        # ours, and reopen for each, so that pages already copied do not pile up in memory.
+        # safe_open maps the file, and its tensors are views of it. A copy keeps no tie to the file.
+        # Reopening for each tensor frees the pages that were copied already.
         with _opened(file) as tensors:
             weight.copy_(tensors.get_tensor(key))
         owner, _, leaf = name.rpartition(".")
@@ -230,7 +230,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         raise UserError(f"{index} has no weight_map; fetch it again")
     files: dict[Path, set[str]] = {}
     for key, shard in weight_map.items():
-        # An index must not send us anywhere else: no folder, no drive, no `..`.
+        # An index may name files beside it only: no folder, no drive, no `..`.
         plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
         if not plain or not shard.endswith(".safetensors"):
             raise UserError(f"{index}: {shard!r} should be a .safetensors file beside the index")

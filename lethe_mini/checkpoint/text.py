@@ -1,9 +1,9 @@
 """Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text.
 
-A chat template is a program that came with a checkpoint, so it runs in Jinja's immutable sandbox
-and whatever it does wrong becomes one `UserError`. Text streams in whole characters: what a token
-leaves unfinished waits, and the pieces add up to `decode` of all ids. `tokenizers.DecodeStream`
-promises the same, but raises or loses text when byte-fallback tokens make no valid UTF-8.
+A chat template is a program from a checkpoint. It runs in Jinja's immutable sandbox, and any error
+in it becomes a `UserError`. Text streams in whole characters: an unfinished character waits, and
+the pieces add up to `decode` of all ids. `tokenizers.DecodeStream` promises the same, but it raises
+or loses text where byte-fallback tokens make no valid UTF-8.
 """
 
 import json
@@ -64,7 +64,9 @@ class Text:
     def _find_eos(self, folder: Path, config: dict, generation: dict) -> frozenset[int]:
         ids = set()
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            values = value if isinstance(value, list) else [] if value is None else [value]
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
             if any(type(id) is not int for id in values):
                 raise UserError(
                     f"{folder}: eos_token_id should be a number or a list, not {value!r}"
@@ -126,10 +128,10 @@ class Text:
 
 
 class Stream:
-    """Ids in, whole characters out, each as soon as nothing that follows can change it.
+    """Takes ids and gives whole characters, each as soon as no later token can change it.
 
-    Only a window of ids is decoded again with every token. Its first tokens are context: there a
-    decoder strips a leading space, and so what counts is the text that a token adds behind them.
+    With every token only a window of ids is decoded again. The window's first tokens are context: a
+    decoder strips the space before the first one, so only the text behind them counts.
     """
 
     KEEP, TRIM = 8, 32  # ids of context, at least 4 bytes in all decoders; window that is cut
@@ -145,8 +147,8 @@ class Stream:
         if id in text._skipped or text._tokenizer.id_to_token(id) is None:
             return ""
         self._ids.append(id)
-        # A run of byte-fallback tokens is decoded as a whole: a bad byte at its end turns all of
-        # it into U+FFFD, so nothing of it is certain before it ends.
+        # A run of byte-fallback tokens is decoded as a whole. A bad byte at its end turns all of it
+        # into U+FFFD, so it waits for its end.
         return "" if id in text._bytes else self._advance()
 
     def flush(self) -> str:
@@ -178,9 +180,7 @@ def _chat_template(folder: Path, settings: dict) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read ({_line(error)}); fetch it again") from None
     template = settings.get("chat_template")
-    if isinstance(
-        template, list
-    ):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, ...
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a safe point: a step must not end half way through the layers."""
+"""Ctrl-C that waits for the end of a step, so that no step ends half way through the layers."""
 
 import signal
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def held_back_interrupts(hurry: bool) -> Iterator[list]:
-    """Within it, Ctrl-C only puts something into the list that is yielded; if `hurry`, a
-    second one raises KeyboardInterrupt at once, which ends the block and no more. Where Python's
-    own handler is not in charge, nothing changes."""
+    """Inside the block, Ctrl-C puts something into the list that is yielded. If `hurry`, a second
+    Ctrl-C raises KeyboardInterrupt at once, which ends the block and goes no further. Where another
+    handler than Python's own is installed, nothing changes."""
     pressed: list[bool] = []
 
     def note(*_) -> None:

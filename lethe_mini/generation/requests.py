@@ -1,21 +1,96 @@
 """What `Engine.generate` is asked for, checked and turned into token ids before anything runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
 
 from ..cache import KVCache
 from ..errors import UserError
-from ..policy import Policy
 
 POSITIONS = ("absolute", "compact")
 
 
-def encode_prompts(
-    engine, prompts, policy: Policy, system: str | None, raw: bool, cache: KVCache | None
+@dataclass(frozen=True)
+class Request:
+    """One call of `generate`, checked."""
+
+    prompts: list[list[int]]  # token ids
+    limits: list[int]  # new tokens, for every prompt
+    num_samples: int
+    batch_size: int
+    chunk: int  # tokens of a prompt that are read at once
+    positions: str
+    cache: KVCache | None  # to be resumed
+
+
+def read_request(
+    engine,
+    policy,
+    prompts,
+    max_new_tokens,
+    num_samples,
+    batch_size,
+    prefill_chunk,
+    positions,
+    cache,
+    system,
+    raw,
+) -> Request:
+    """What `Engine.generate` is asked for. Raises UserError for what cannot be done."""
+    limits = _limits(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
+    sequences = len(limits) * num_samples
+    _check_cache(cache, policy, positions, sequences)
+    encoded = _encode(engine, prompts, policy, system, raw, cache)
+    together = batch_size or sequences
+    return Request(encoded, limits, num_samples, together, prefill_chunk, positions, cache)
+
+
+def _limits(
+    prompts,
+    limits: int | Sequence[int],
+    num_samples: int,
+    batch_size: int | None,
+    prefill_chunk: int,
+) -> list[int]:
+    """The limit of new tokens for every prompt. Raises UserError for what cannot be."""
+    if isinstance(prompts, str):
+        raise UserError("prompts should be a list; give [text]")
+    if not hasattr(prompts, "__len__") or isinstance(prompts, dict):
+        raise UserError(f"prompts should be a list of texts, not {prompts!r}")
+    if hasattr(limits, "__len__"):
+        limits = list(limits)
+    else:
+        limits = [limits] * len(prompts)
+    if len(limits) != len(prompts):
+        raise UserError(f"max_new_tokens has {len(limits)} numbers for {len(prompts)} prompts")
+    sizes = [("max_new_tokens", limit) for limit in limits]
+    sizes += [("num_samples", num_samples), ("prefill_chunk", prefill_chunk)]
+    if batch_size is not None:
+        sizes.append(("batch_size", batch_size))
+    for name, size in sizes:
+        if not isinstance(size, Integral) or size < 1:
+            raise UserError(f"{name} should be a whole number, at least 1, not {size!r}")
+    return limits
+
+
+def _check_cache(cache: KVCache | None, policy, positions: str, sequences: int) -> None:
+    """Raises UserError where a cache cannot be resumed so, or where positions are none."""
+    if positions not in POSITIONS:
+        raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
+    if cache is None:
+        return
+    if sequences != 1:
+        raise UserError("a resumed cache takes exactly one prompt and one sample")
+    layer = cache.layers[0]
+    if (layer.notes, layer.compact) != (policy.notes(), positions == "compact"):
+        raise UserError("the cache was made for another policy or other positions")
+
+
+def _encode(
+    engine, prompts, policy, system: str | None, raw: bool, cache: KVCache | None
 ) -> list[list[int]]:
     """Every prompt's token ids. Raises UserError for one that the model or the policy cannot take;
     cache: what has been read before it, if anything."""
-    if isinstance(prompts, str):
-        raise UserError("prompts should be a list; give [text]")
     seen = 0 if cache is None else cache.next_angle(0)
     encoded, config = [], engine.model.config
     for prompt in prompts:
@@ -23,7 +98,7 @@ def encode_prompts(
             if engine.text is None:
                 raise UserError("this engine has no tokenizer; give token ids")
             prompt = engine.text.encode_prompt(prompt, system, raw) if prompt.strip() else []
-        ids = list(prompt)
+        ids = _token_ids(prompt)
         if not ids:
             raise UserError("the prompt is empty; give it some text")
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
@@ -32,35 +107,27 @@ def encode_prompts(
         if len(ids) > room:
             raise UserError(f"the prompt has {len(ids)} tokens and the model takes {room}; cut it")
         if not seen:
-            policy.check(len(ids))
+            policy.check_prompt(len(ids))
         encoded.append(ids)
     return encoded
 
 
-def check_request(
-    prompts,
-    limits: int | Sequence[int],
-    num_samples: int,
-    batch_size: int | None,
-    prefill_chunk: int,
-    positions: str,
-    cache: KVCache | None,
-    policy: Policy,
-) -> list[int]:
-    """The limit of new tokens for every prompt. Raises UserError for what cannot be."""
-    limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-    if len(limits) != len(prompts):
-        raise UserError(f"max_new_tokens has {len(limits)} numbers for {len(prompts)} prompts")
-    sizes = (num_samples, 1 if batch_size is None else batch_size, prefill_chunk)
-    if min(*limits, *sizes) < 1:
-        raise UserError("max-new-tokens, sizes and numbers of samples should be at least 1")
-    if positions not in POSITIONS:
-        raise UserError(f"positions should be {' or '.join(POSITIONS)}, not {positions!r}")
-    if cache is not None:
-        if len(prompts) * num_samples != 1:
-            raise UserError("a cache is gone on with by one prompt and one sample")
-        layer = cache.layers[0]
-        notes = {"scored": layer.scored, "lag": layer.lag, "window": layer.window}
-        if (notes, layer.compact) != (policy.notes(), positions == "compact"):
-            raise UserError("the cache was made for another policy or other positions")
-    return limits
+def _token_ids(prompt) -> list[int]:
+    """A prompt that is no text. Raises UserError for what is no list of whole numbers."""
+    if isinstance(prompt, dict):
+        raise UserError("a prompt should be a text, not a message; give its content, and system=")
+    try:
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    except TypeError:
+        raise UserError(
+            f"a prompt should be a text or a list of token ids, not {prompt!r}; "
+            "prompts are a list, also for a single one"
+        ) from None
+    for id in ids:
+        if isinstance(id, dict):
+            raise UserError(
+                "a prompt should be a text, not a list of messages; give the content, and system="
+            )
+        if not isinstance(id, Integral) or isinstance(id, bool):
+            raise UserError(f"a prompt's token ids should be whole numbers, not {id!r}")
+    return ids

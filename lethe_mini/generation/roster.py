@@ -1,39 +1,39 @@
-"""Who is in which row of a batch, who waits for a row, and when one has ended.
+"""Which sequence is in which row of a batch, which ones wait, and when one has ended.
 
 The bookkeeping of `Engine.generate`: no tensor and no policy in it.
 """
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 
-from ..checkpoint.text import Text
+from .requests import Request
 from .stats import Generated
 
 
 class Roster:
     """The sequences of one call, `num_samples` of every prompt. Row r of the batch is live[r].
 
-    lengths, limits: per prompt, its tokens and the most that may follow. A sequence's draws come
-    from `seed` and its number among its prompt's samples alone, never from its neighbours.
+    text: the engine's, or None. A sequence's draws come from `seed` and its number among its
+    prompt's samples alone.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        limits: Sequence[int],
-        num_samples: int,
+        request: Request,
         seed: int,
-        text: Text | None,
+        text,
         ignore_eos: bool,
         on_token: Callable[[int, int], None] | None,
         on_finish: Callable[[int, Generated], None] | None,
     ):
-        self.sequences = [Generated(length) for length in lengths for _ in range(num_samples)]
+        self.limits, self.num_samples = request.limits, request.num_samples
+        samples = range(self.num_samples)
+        self.sequences = [Generated(len(ids)) for ids in request.prompts for _ in samples]
         self.pending = deque(range(len(self.sequences)))
         self.live: list[int] = []
-        self.limits, self.num_samples, self.seed, self.text = limits, num_samples, seed, text
+        self.seed, self.text = seed, text
         self.eos = frozenset() if ignore_eos or text is None else text.eos_ids
         self.on_token, self.on_finish = on_token, on_finish
         self.random: dict[int, random.Random] = {}  # of every live sequence
@@ -58,7 +58,7 @@ class Roster:
         return [self.random[index].random() for index in self.live]
 
     def record(self, tokens: list[int], full: list[bool]) -> list[int]:
-        """Notes every row's new token; full: has it no position? -> the rows that go on."""
+        """Notes every row's new token; full: is there no further position? -> rows that go on."""
         going = []
         for row, (index, token) in enumerate(zip(self.live, tokens, strict=True)):
             one = self.sequences[index]
@@ -84,8 +84,9 @@ class Roster:
             one.generated_tokens = len(one.token_ids)
             one.text = "" if self.text is None else self.text.decode(one.token_ids)
             del self.random[index]
-        for index in gone if self.on_finish is not None else ():
-            self.on_finish(index, self.sequences[index])
+        if self.on_finish is not None:
+            for index in gone:
+                self.on_finish(index, self.sequences[index])
 
     def interrupt(self) -> None:
         """Whatever has not ended ends as it is, and nobody is told."""

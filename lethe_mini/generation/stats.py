@@ -4,13 +4,13 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..cache import KVCache
+from .requests import Request
 
 
 @dataclass
@@ -102,12 +102,16 @@ class Result:
 class Meter:
     """Counts a run while it goes on."""
 
-    def __init__(self, engine, policy, seed: int, positions: str, sequences: int, trace=None):
-        facts = {"name": policy.name, **asdict(policy)}
+    def __init__(self, engine, policy, seed: int, request: Request, trace=None):
+        facts = {"name": policy.name or type(policy).__name__, **asdict(policy)}
         dtype = str(engine.dtype).removeprefix("torch.")
-        self.stats = Stats(engine.name, facts, str(engine.device), dtype, seed, positions)
+        self.stats = Stats(engine.name, facts, str(engine.device), dtype, seed, request.positions)
+        sequences = len(request.prompts) * request.num_samples
         self.stats.kv_tokens_final = [[] for _ in range(sequences)]
-        self.policy, self.device, self.trace = policy, engine.device, trace
+        self.device, self.trace = engine.device, trace
+        if trace is not None:
+            seen = 0 if request.cache is None else request.cache.seen[0]
+            trace.begin(engine, policy, request.prompts, request.num_samples, seen)
         self.started = self.prefill_started = time.perf_counter()
         self.compiled = compile_seconds()
         self.tokens = self.held = 0  # held: per layer, summed over tokens
@@ -129,16 +133,20 @@ class Meter:
         stats.kv_bytes_peak = max(stats.kv_bytes_peak, sum(map(kv_bytes, caches)))
         stats.kv_allocated_peak = max(stats.kv_allocated_peak, sum(map(allocated, caches)))
 
-    @contextmanager
-    def round(self, cache: KVCache, due: list[bool], owners: Sequence[int]):
-        """Around a round of pruning, where row r of the cache is sequence owners[r]."""
-        record = self.trace and self.trace.round(self.policy, cache, due, owners)
-        with record or nullcontext():
-            start, before = time.perf_counter(), cache.held
-            yield
-            self.stats.rounds += sum(due)
-            self.stats.evicted_tokens += before - cache.held
-            self.stats.prune_seconds += time.perf_counter() - start
+    def round_begins(self, cache: KVCache, beside: KVCache | None = None) -> None:
+        """beside: the batch's cache, where the round is that of a prompt that is about to join."""
+        self.peak(*[cache] if beside is None else [cache, beside])
+        if self.trace is not None:
+            self.trace.round_begins(cache)
+        self.held_before, self.round_started = cache.held, time.perf_counter()
+
+    def round_ends(self, cache: KVCache, due: list[bool], owners: Sequence[int], done) -> None:
+        """Row r of the cache is sequence owners[r]; done: what the policy's round gave back."""
+        self.stats.prune_seconds += time.perf_counter() - self.round_started
+        self.stats.rounds += sum(due)
+        self.stats.evicted_tokens += self.held_before - cache.held
+        if self.trace is not None:
+            self.trace.round_ends(cache, due, owners, done)
 
     def ends(self, cache: KVCache, roster, going: list[int]) -> None:
         """All rows of the cache but these have ended and are about to leave."""

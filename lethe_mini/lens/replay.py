@@ -1,4 +1,4 @@
-"""A trace's format, read: packed positions and scores, and the way back to what a cache held.
+"""Reading a trace: packs and unpacks positions and scores, and computes what the cache held.
 
 docs/TRACE.md describes the format; trace.py writes it.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-OCTAVE = 8  # steps of a packed score in which it doubles
+OCTAVE = 8  # a packed score doubles in so many steps
 
 
 def runs(positions: np.ndarray) -> list[int]:
@@ -22,19 +22,22 @@ def runs(positions: np.ndarray) -> list[int]:
 
 
 def positions_of(packed: list[int]) -> np.ndarray:
-    """What `runs` was given."""
+    """The positions that `runs` packed. Raises ValueError if they do not ascend."""
+    if not len(packed):
+        return np.arange(0)
     gaps, counts = np.array(packed, dtype=np.int64).reshape(-1, 2).T
     if (counts < 1).any() or (gaps < 0).any() or (gaps[1:] < 1).any():
         raise ValueError("positions should ascend")
-    before = np.cumsum(counts) - counts
-    return np.repeat(np.cumsum(gaps), counts) + np.arange(counts.sum()) if len(before) else before
+    return np.repeat(np.cumsum(gaps), counts) + np.arange(counts.sum())
 
 
 def pack(scores: np.ndarray) -> tuple[str, float | None, float]:
-    """A byte per score, in base64, then low and high; see `unpack`. What is no number is byte 0."""
+    """A byte per score, in base64, then low and high: see `unpack`. NaN and infinity are 0."""
     known = np.isfinite(scores)
     scores = np.where(known, scores, 0).astype(np.float64)
-    low, high = (float(f(scores[known])) for f in (np.min, np.max)) if known.any() else (0.0, 0.0)
+    low = high = 0.0
+    if known.any():
+        low, high = float(scores[known].min()), float(scores[known].max())
     if low >= 0:  # mass spans orders of magnitude
         with np.errstate(divide="ignore"):
             steps = 255 + OCTAVE * np.log2(scores / (high or 1.0))
@@ -47,8 +50,8 @@ def pack(scores: np.ndarray) -> tuple[str, float | None, float]:
 
 
 def unpack(packed: str, low: float | None, high: float) -> np.ndarray:
-    """The scores: where low is None, to 4.5 % (eight steps to an octave, below high; byte 0 is 0),
-    else to 1/508 of the way from low to high (byte 0 is NaN)."""
+    """The scores. Where low is None: eight steps per octave below high, exact to 4.5 %, and byte 0
+    is 0. Else: even steps from low to high, exact to 1/508 of the way, and byte 0 is NaN."""
     steps = np.frombuffer(base64.b64decode(packed, validate=True), np.uint8).astype(float)
     if low is None:
         return np.where(steps > 0, high * 2 ** ((steps - 255) / OCTAVE), 0.0)
@@ -56,26 +59,33 @@ def unpack(packed: str, low: float | None, high: float) -> np.ndarray:
 
 
 def replay(data: dict, sequence: int) -> Iterator[tuple[dict, list[list], list[list]]]:
-    """Every round of a sequence, with the positions held before and after it: [layer][head], each
-    an ascending array. Raises ValueError where what is dropped was not held."""
+    """Every round of a sequence, and the positions held before and after it: [layer][head], each
+    an ascending array. Raises ValueError if a round drops a position that is not held."""
     one, seen = data["sequences"][sequence], 0
     held = [[np.arange(0)] * data["heads"] for _ in range(data["layers"])]
     for record in one["rounds"]:
         new = np.arange(seen, record["seen"])
         seen = record["seen"]
         before = [[np.concatenate((head, new)) for head in layer] for layer in held]
-        held = []
-        for layer, dropped in zip(before, record["dropped"], strict=True):
-            gone = [positions_of(packed) for packed in dropped] or [np.arange(0)]
-            gone = gone * data["heads"] if len(gone) == 1 else gone
-            held.append(
-                [np.setdiff1d(a, b, assume_unique=True) for a, b in zip(layer, gone, strict=True)]
-            )
-            if any(
-                len(a) - len(b) != len(c) for a, b, c in zip(layer, gone, held[-1], strict=True)
-            ):
-                raise ValueError("a position is dropped that is not held")
+        pairs = zip(before, record["dropped"], strict=True)
+        held = [_without(layer, dropped) for layer, dropped in pairs]
         yield record, before, held
+
+
+def _without(layer: list[np.ndarray], dropped: list[list[int]]) -> list[np.ndarray]:
+    """The positions that each head of a layer keeps; dropped: packed, for no head, for all heads at
+    once, or for each head."""
+    gone = [positions_of(packed) for packed in dropped]
+    if not gone:
+        return layer
+    if len(gone) == 1:
+        gone = gone * len(layer)
+    kept = []
+    for held, out in zip(layer, gone, strict=True):
+        kept.append(np.setdiff1d(held, out, assume_unique=True))
+        if len(kept[-1]) != len(held) - len(out):
+            raise ValueError("a position is dropped that is not held")
+    return kept
 
 
 def scored(record: dict, layer: int, heads: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +94,8 @@ def scored(record: dict, layer: int, heads: list[np.ndarray]) -> tuple[np.ndarra
     return positions, unpack(*(record[name][layer] for name in ("scores", "low", "high")))
 
 
-def check(data: dict) -> None:
-    """Raises one of Python's own errors where the data is not as docs/TRACE.md says."""
+def check_trace(data: dict) -> None:
+    """Raises one of Python's own errors if the data is not as docs/TRACE.md says."""
 
     def need(*conditions) -> None:
         if not all(conditions):

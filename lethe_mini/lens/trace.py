@@ -1,28 +1,24 @@
-"""What a run forgot: every round, layer by layer, in a file that lens.py and plot.py draw.
+"""A trace: what a run dropped, round by round and layer by layer. page.py and plot.py draw it.
 
     trace = Trace()
     engine.generate(prompts, policy, trace=trace)
     trace.write(Path("trace.json"))
 
-A token that is dropped never comes back, so the positions dropped at each round are all it takes to
-say what the cache held at any time; replay.py does that. What the policy saw (scores, Hoyer,
-shares, breakpoints) is taken from the cache just before each round. docs/TRACE.md has the format.
+A dropped token never comes back. So a trace notes the positions that each round dropped, and
+replay.py computes from them what the cache held at any time. The scores, Hoyer values, shares and
+breakpoints come from the report that a policy's round returns. docs/TRACE.md describes the format.
 """
 
 import json
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..cache import KVCache
-from ..errors import UserError
-from ..policy import Policy, Pruner, hoyer
-from .replay import check, pack, runs
+from ..errors import UserError, writing
+from .replay import check_trace, pack, runs
 
 FORMAT, VERSION = "lethe-mini trace", 1
 
@@ -32,18 +28,20 @@ class Trace:
 
     def __init__(self):
         self.data: dict = {"format": FORMAT, "version": VERSION, "sequences": []}
-        self._rounds: list[list[dict]] = []
+        self._rounds: list[list[dict]] = []  # of every sequence
+        self._before: list[list[np.ndarray]] = []  # [layer][row] (heads, slots): positions held
 
     # -- while the engine runs --------------------------------------------------------------------
 
-    def begin(self, engine, policy: Policy, prompts: list[list[int]], samples: int, seen: int):
-        """A run of so many samples per prompt (token ids), its cache having `seen` tokens."""
+    def begin(self, engine, policy, prompts: list[list[int]], samples: int, seen: int):
+        """A run begins: the prompts' token ids, the samples per prompt, and the tokens that its
+        cache has seen. Raises UserError where this trace or that cache is not empty."""
         if self.data["sequences"]:
             raise UserError("this trace holds a run already; give each run a Trace() of its own")
         if seen:
             raise UserError("a trace starts with an empty cache; this one has seen tokens before")
         config, self._text = engine.model.config, engine.text
-        options = {"name": policy.name, **asdict(policy)}
+        options = {"name": policy.name or type(policy).__name__, **asdict(policy)}
         self.data |= {
             "model": engine.name,
             "policy": {
@@ -59,32 +57,46 @@ class Trace:
                 self.data["sequences"].append(one | {"pieces": self._pieces(ids), "rounds": []})
         self._rounds = [[] for _ in self.data["sequences"]]
 
-    @contextmanager
-    def round(self, policy: Policy, cache: KVCache, due: list[bool], owners: Sequence[int]):
-        """Records the round that runs inside it. Row r of the cache is sequence owners[r]; one that
-        is still being prefilled stands for all later samples of its prompt, too."""
-        facts = _facts(policy, cache, due)
-        before = [layer.positions.cpu().numpy().copy() for layer in cache.layers]
-        lengths = [layer.lengths for layer in cache.layers]
-        yield
-        after = [layer.positions.cpu().numpy() for layer in cache.layers]
-        for row in (row for row, ready in enumerate(due) if ready):
-            record = {"seen": cache.seen[row], **{name: [] for name in facts}, "dropped": []}
-            packed = {"scores": [], "low": [], "high": []} if "importance" in facts else {}
-            for index, layer in enumerate(cache.layers):
-                old = before[index][row, :, : lengths[index][row]]
-                new = after[index][row, :, : layer.lengths[row]]
-                record["dropped"].append(_dropped(old, new))
-                for name in facts:
-                    record[name].append(facts[name][index][row])
-                if packed:
-                    scores = record["importance"][-1][:, : old.shape[1]]
-                    for name, value in zip(packed, pack(_mean(old, scores)), strict=True):
-                        packed[name].append(value)
-            record.pop("importance", None)
-            for name in [name for name, values in record.items() if values == [None] * len(before)]:
-                del record[name]
-            self._note(owners[row], record | packed)
+    def round_begins(self, cache) -> None:
+        """Notes the positions held, just before a round."""
+        self._before = [_positions(layer) for layer in cache.layers]
+
+    def round_ends(self, cache, due: list[bool], owners: Sequence[int], done) -> None:
+        """Records a round of the sequences that were due; row r of the cache is sequence owners[r].
+        One that is still being prefilled stands for all later samples of its prompt, too.
+
+        done: the policy's Round. None, from a policy that reports nothing: positions alone.
+        """
+        after = [_positions(layer) for layer in cache.layers]
+        for row, ready in enumerate(due):
+            if not ready:
+                continue
+            before, now = ([layer[row] for layer in held] for held in (self._before, after))
+            dropped = [_dropped(*pair) for pair in zip(before, now, strict=True)]
+            record = {"seen": cache.seen[row], "dropped": dropped}
+            if done is not None and row in done.rows:
+                record |= self._facts(done, row, before)
+            self._note(owners[row], record)
+
+    def _facts(self, done, row: int, before: list[np.ndarray]) -> dict[str, list]:
+        """What decided a round of one sequence: name -> a value per layer, by the Round `done`.
+        before: per layer (heads, slots), the positions that it held."""
+        i, facts = done.rows.index(row), {}
+        if done.hoyer is not None:
+            facts["hoyer"] = [round(value, 4) for value in done.hoyer[row].tolist()]
+        if self.data["policy"].get("budget") is not None:
+            facts["budget"] = [layer[i] for layer in done.shares]
+        facts["recent"] = [layer[i] for layer in done.recent]
+        breakpoints = [layer[i] for layer in done.breakpoints]
+        if any(found is not None for found in breakpoints):
+            facts["breakpoint"] = breakpoints
+        packed = []
+        for positions, importance in zip(before, done.importance, strict=True):
+            slots = positions.shape[1]
+            scores = importance[row, :, :slots].float().cpu().numpy()  # (1 or heads, slots)
+            packed.append(pack(_mean(positions, np.broadcast_to(scores, positions.shape))))
+        columns = zip(*packed, strict=True)
+        return facts | dict(zip(("scores", "low", "high"), map(list, columns), strict=True))
 
     def _note(self, index: int, record: dict) -> None:
         one = self.data["sequences"][index]
@@ -96,7 +108,7 @@ class Trace:
             self._rounds[other] = [record]
 
     def ends(self, index: int, read: int, generated) -> None:
-        """A sequence leaves, `read` tokens of it having gone through the model."""
+        """A sequence has ended; `read`: how many of its tokens went through the model."""
         one = self.data["sequences"][index]
         one["token_ids"] = one["token_ids"] + generated.token_ids
         one |= {"pieces": self._pieces(one["token_ids"]), "read": read}
@@ -108,17 +120,14 @@ class Trace:
     # -- files ------------------------------------------------------------------------------------
 
     def write(self, path: Path) -> None:
-        try:
-            path.write_text(
-                json.dumps(self.data, separators=(",", ":"), allow_nan=False) + "\n",
-                encoding="ascii",
-            )
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        """Raises UserError if the file cannot be written."""
+        text = json.dumps(self.data, separators=(",", ":"), allow_nan=False) + "\n"
+        with writing(path):
+            path.write_text(text, encoding="ascii")
 
     @classmethod
     def read(cls, path: Path) -> "Trace":
-        """Raises UserError for a file that is no trace, or of another version, or damaged."""
+        """The trace in a file. Raises UserError if it is none, damaged, or of another version."""
         trace = cls()
         try:
             trace.data = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +141,7 @@ class Trace:
             version = trace.data.get("version")
             raise UserError(f"{path} has version {version!r}, not {VERSION}; record it again")
         try:
-            check(trace.data)
+            check_trace(trace.data)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise UserError(f"{path} is a damaged trace ({why}); record it again") from None
@@ -140,44 +149,21 @@ class Trace:
 
 
 def _plain(value) -> bool:
-    """Can JSON hold it as it is? A policy of somebody's own may have any option."""
+    """Can JSON hold this value of an option? The options of a policy that is not ours can be
+    anything."""
     finite = isinstance(value, float) and math.isfinite(value)
     return finite or value is None or isinstance(value, int | str)
 
 
-def _facts(policy: Policy, cache: KVCache, due: list[bool]) -> dict[str, list]:
-    """What a round is decided by: name -> [layer][row]. A policy that is no Pruner tells nothing;
-    None where there is no such thing."""
-    facts: dict[str, list] = {}
-    if any(layer.scored for layer in cache.layers):
-        alike = not getattr(policy, "per_head", True)  # as Lethe.weights reads eq. 1
-        values = []
-        for layer in cache.layers:
-            scores = layer.scores.sum(1, keepdim=True) if alike else layer.scores
-            values.append(hoyer(scores, layer.filled[:, None]).mean(1))
-        facts["hoyer"] = [[round(x, 4) for x in row] for row in torch.stack(values).tolist()]
-    if not isinstance(policy, Pruner):
-        return facts
-    shares = policy.shares(cache)
-    bounded = policy.budget is not None
-    facts |= {"budget": shares if bounded else [[None] * len(due)] * len(shares)}
-    facts |= {"breakpoint": [], "recent": [], "importance": []}
-    protected = [policy.protected(prompt) if bounded else 0 for prompt in cache.prompt]
-    for layer, share in zip(cache.layers, shares, strict=True):
-        importance = policy.importance(layer, cache)
-        lengths = layer.lengths
-        salient = [policy.salient(importance[r, :, :n], layer, r) for r, n in enumerate(lengths)]
-        rows = zip(share, protected, lengths, salient, strict=True)
-        rows = [(policy.recent(s - min(p, n)), k if k < n else None) for s, p, n, k in rows]
-        facts["recent"].append([recent for recent, _ in rows])
-        facts["breakpoint"].append([found for _, found in rows])
-        facts["importance"].append(importance.float().cpu().numpy())
-    return facts
+def _positions(layer) -> list[np.ndarray]:
+    """Per sequence of the batch (heads, slots): the positions that a layer holds."""
+    held = layer.positions.cpu().numpy()
+    return [held[row, :, :length].copy() for row, length in enumerate(layer.lengths)]
 
 
 def _dropped(old: np.ndarray, new: np.ndarray) -> list[list[int]]:
-    """The runs of what is in `old` and not in `new`, (heads, slots) both: a list per head, a single
-    one if it is the same for all, none if nothing is dropped."""
+    """The runs of the positions that are in `old` and not in `new`, both (heads, slots): a list per
+    head, one list if it is the same for all heads, no list if nothing is dropped."""
     if old.shape == new.shape:
         return []
     if (old == old[0]).all() and (new == new[0]).all():
@@ -186,7 +172,8 @@ def _dropped(old: np.ndarray, new: np.ndarray) -> list[list[int]]:
 
 
 def _mean(positions: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """A score per position that any head holds, ascending: the mean over the heads that do."""
+    """A score per position, ascending: the mean over the heads that hold it. Both arguments:
+    (heads, slots)."""
     if (positions == positions[0]).all():
         return scores.mean(0)
     inverse = np.unique(positions, return_inverse=True)[1].ravel()

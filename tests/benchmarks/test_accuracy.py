@@ -1,4 +1,4 @@
-"""benchmarks/accuracy.py: what counts as an answer, which answers are right, and that neither
+"""benchmarks.accuracy: what counts as an answer, which answers are right, and that neither
 interruptions nor batches nor the order of problems change a text or a grade."""
 
 import json
@@ -415,7 +415,18 @@ OPTIONS = {
     "top_p": 0.9,
     "seed": 3,
 }
-ARGV = ["--policies", "full", "lethe", "h2o", "random", "--budget", "24", "60%", "--protect", "no"]
+ARGV = [
+    "--policies",
+    "full",
+    "lethe-plus",
+    "h2o",
+    "random",
+    "--budget",
+    "24",
+    "60%",
+    "--protect",
+    "no",
+]
 ARGV += ["--interval", "7"]
 SPEED = ("kv_bytes_peak", "tokens_per_second", "parts")
 
@@ -474,7 +485,7 @@ def whole(engine, some):
 
 def test_the_run_is_worth_testing_with(whole):
     found, written = whole
-    assert [row["choice"] for row in found] == ["full", *["lethe", "h2o", "random"] * 2]
+    assert [row["choice"] for row in found] == ["full", *["lethe-plus", "h2o", "random"] * 2]
     assert len({row["accuracy"][0] for row in found}) > 2
     assert found[0]["share"] == 1
     assert all(0 < row["share"] < 0.95 for row in found[1:])
@@ -594,7 +605,9 @@ def test_greedy_texts_are_the_engines(engine, some):
 
 def test_kept_is_what_the_cache_held_at_every_step(engine, some):
     """One sequence after the other: every step's mean over layers, looked at from outside."""
-    args = accuracy.arguments(["--task", "x.jsonl", *ARGV, "--budget", "24", "--policies", "lethe"])
+    args = accuracy.arguments(
+        ["--task", "x.jsonl", *ARGV, "--budget", "24", "--policies", "lethe-plus"]
+    )
     bench = accuracy.Bench(engine, some[:3], Lines(None), {**OPTIONS, "temperature": 0.0}, 1, 1)
     [row] = bench.run(args)
     [cell] = accuracy.make_cells(args, bench.longest)
@@ -661,7 +674,8 @@ def command(folder, tmp_path, capsys, engine):
 
 def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
     pytest.importorskip("math_verify")
-    argv = ["--policies", "full", "lethe", "h2o", "--budget", "90%", "none", "--interval", "8"]
+    argv = ["--policies", "full", "lethe-plus", "lethe", "h2o", "--budget", "90%", "none"]
+    argv += ["--interval", "8"]
     argv += ["--lines", tmp_path / "l.jsonl", "--json", tmp_path / "f.json"]
     code, out, _ = command(*argv)
     assert code == 0
@@ -669,7 +683,9 @@ def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
     assert facts["versions"]["torch"]
     assert facts["settings"]["temperature"] == 0
     assert facts["hardware"] in out
-    assert [row["choice"] for row in facts["rows"]] == ["full", "lethe", "h2o", "lethe"]
+    assert [row["choice"] for row in facts["rows"]] == [
+        "full", "lethe-plus", "lethe", "h2o", "lethe",
+    ]  # fmt: skip
     full, percent = facts["rows"][:2]
     mean_length = (
         sum(
@@ -681,10 +697,10 @@ def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
     )
     assert percent["policy"]["budget"] == round(0.9 * mean_length)
     assert full["groups"].keys() == {"a", "b"}
-    assert facts["rows"][3]["policy"]["budget"] is None
+    assert facts["rows"][4]["policy"]["budget"] is None
     head, rule, *lines = [line for line in out.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in (head, rule, *lines[:4])} == {12}
-    assert f"| lethe | protected | 90% = {percent['policy']['budget']} |" in out
+    assert {line.count("|") for line in (head, rule, *lines[:5])} == {12}
+    assert f"| lethe-plus | protected | 90% = {percent['policy']['budget']} |" in out
     before = (tmp_path / "l.jsonl").read_bytes()
     assert command(*argv)[:2] == (0, out)
     assert (tmp_path / "l.jsonl").read_bytes() == before
@@ -700,7 +716,10 @@ def test_a_policy_that_cannot_be_is_named_before_and_in_the_table(command):
 
 
 WRONG_COMMANDS = [
-    (["--budget", "0"], "--budget: invalid budget value: '0'"),
+    (
+        ["--budget", "0"],
+        "--budget: should be a number of tokens such as 512, or a share such as 10%, not '0'",
+    ),
     (["--budget", "-5%"], "--budget"),
     (["--budget", "nan%"], "--budget"),
     (["--budget", "120%"], "--budget"),

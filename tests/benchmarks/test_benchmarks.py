@@ -1,22 +1,16 @@
-"""benchmarks/decode.py on a tiny model: that its figures mean what they say. Nothing is timed."""
+"""benchmarks.speed.decode on a tiny model: its figures mean what they say. Nothing is timed."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from benchmarks.speed import (
-    decode,
-    decode_worker,
-)
+from benchmarks import ROOT
+from benchmarks.speed import decode, decode_worker, ours, peers, rows, shapes, system, workers
 
 L, H_kv, D, FLOAT = (
     tiny.SIZES["num_hidden_layers"],
@@ -69,7 +63,7 @@ def options(checkpoint, *more):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", [decode_worker.Ours, decode_worker.Transformers])
+@pytest.mark.parametrize("kind", [ours.Ours, peers.Transformers])
 def test_bytes_are_those_of_the_weights_and_of_the_tokens_held(settings, kind):
     system, facts = loaded(kind, settings)
     weights = tiny.model().state_dict()
@@ -81,13 +75,13 @@ def test_bytes_are_those_of_the_weights_and_of_the_tokens_held(settings, kind):
     assert len(state["step_seconds"]) == 4
     assert state["kv_bytes"] == 3 * (len(IDS) + 6) * TOKEN
     assert state["tokens"] == len(IDS) + 6
-    assert decode.bytes_to_move(facts, state) == facts["weight_bytes"] + state["kv_bytes"]
+    assert rows.bytes_to_move(facts, state) == facts["weight_bytes"] + state["kv_bytes"]
 
 
 @torch.inference_mode()
 def test_both_systems_choose_the_same_tokens(settings):
     chosen = []
-    for kind in (decode_worker.Ours, decode_worker.Transformers):
+    for kind in (ours.Ours, peers.Transformers):
         system, _ = loaded(kind, settings)
         system.fill(IDS, batch=2)
         chosen.append(system.steps(9)["chosen"])
@@ -97,10 +91,10 @@ def test_both_systems_choose_the_same_tokens(settings):
 
 @torch.inference_mode()
 def test_a_share_of_the_cache_is_what_decoding_starts_from(settings):
-    system, _ = loaded(decode_worker.Ours, settings, policy="lethe", share=0.25)
+    system, _ = loaded(ours.Ours, settings, policy="lethe-plus", share=0.25)
     state = system.fill(IDS, batch=2)
     assert state["tokens"] == pytest.approx(round(0.25 * len(IDS)))
-    assert len(state["round_seconds"]) == decode_worker.ROUNDS
+    assert len(state["round_seconds"]) == ours.ROUNDS
     state = system.decode(2 * 16)
     assert len(state["step_seconds"]) == 32
     assert state["tokens"] <= round(0.25 * len(IDS)) + 16
@@ -109,8 +103,8 @@ def test_a_share_of_the_cache_is_what_decoding_starts_from(settings):
 @torch.inference_mode()
 def test_a_policy_at_100_percent_never_prunes_and_chooses_what_the_full_cache_chooses(settings):
     chosen = []
-    for changes in ({}, {"policy": "lethe", "share": 1.0}):
-        system, _ = loaded(decode_worker.Ours, settings, **changes)
+    for changes in ({}, {"policy": "lethe-plus", "share": 1.0}):
+        system, _ = loaded(ours.Ours, settings, **changes)
         system.fill(IDS, batch=1)
         state = system.decode(40)
         assert state["tokens"] == len(IDS) + 40
@@ -120,8 +114,8 @@ def test_a_policy_at_100_percent_never_prunes_and_chooses_what_the_full_cache_ch
 
 @torch.inference_mode()
 def test_a_cache_put_aside_comes_back_as_it_was(settings):
-    changes = {"policy": "lethe", "budget": 32, "positions": "compact"}
-    system, _ = loaded(decode_worker.Ours, settings, **changes)
+    changes = {"policy": "lethe-plus", "budget": 32, "positions": "compact"}
+    system, _ = loaded(ours.Ours, settings, **changes)
     system.fill(IDS[:16], batch=1)
     system.snapshot()
     assert system.decode(20)["seen"] == 36
@@ -133,26 +127,26 @@ def test_a_cache_put_aside_comes_back_as_it_was(settings):
 
 @torch.inference_mode()
 def test_random_weights_of_a_geometry_and_scores_in_a_trained_models_shape(settings, monkeypatch):
-    small = decode_worker._sizes(decode_worker.LLAMA3, 24, 29, 3, 6, 2, True, vocab_size=61)
-    monkeypatch.setitem(decode_worker.SHAPES, "small", small)
-    changes = {"shape": "small", "policy": "lethe", "share": 0.5}
-    system, facts = loaded(decode_worker.Ours, settings, **changes)
+    small = shapes._sizes(shapes.LLAMA3, 24, 29, 3, 6, 2, True, vocab_size=61)
+    monkeypatch.setitem(shapes.SHAPES, "small", small)
+    changes = {"shape": "small", "policy": "lethe-plus", "share": 0.5}
+    system, facts = loaded(ours.Ours, settings, **changes)
     assert facts["weight_bytes"] == sum(p.nbytes for p in system.engine.model.parameters())
     cache = system.new_cache(50)
     system.engine.model(torch.arange(50)[None], cache=cache)
-    decode_worker.shape_scores(cache)
+    shapes.shape_scores(cache)
     for layer in cache.layers:
         shares = layer.scores.sum(1)[0] / layer.scores.sum()
         assert shares[:4].sum() > 0.4
         assert shares[-8:].sum() > shares[8:16].sum()
     state = system.fill(list(range(50)), batch=2)
     assert state["tokens"] == 25
-    peer, _ = loaded(decode_worker.Transformers, settings, shape="small")
+    peer, _ = loaded(peers.Transformers, settings, shape="small")
     assert peer.fill(list(range(50)), batch=2)["tokens"] == 50
 
 
 def test_published_geometries_have_their_models_sizes():
-    billions = {name: decode.weights_estimate(name) / 2e9 for name in decode_worker.SHAPES}
+    billions = {name: shapes.weights_estimate(name) / 2e9 for name in shapes.SHAPES}
     assert billions["llama-8b"] == pytest.approx(8.03, rel=0.01)
     assert billions["llama-1b"] == pytest.approx(1.24, rel=0.01)
     assert billions["qwen-7b"] == pytest.approx(7.62, rel=0.01)
@@ -161,18 +155,18 @@ def test_published_geometries_have_their_models_sizes():
 
 
 def test_what_does_not_fit_is_an_answer_and_the_worker_goes_on(settings, monkeypatch):
-    system, _ = loaded(decode_worker.Ours, settings)
-    monkeypatch.setattr(decode_worker, "available", lambda: 1000)
+    one, _ = loaded(ours.Ours, settings)
+    monkeypatch.setattr(system, "available_bytes", lambda: 1000)
     with torch.inference_mode():
-        reply = decode_worker.answer(system, "fill", {"ids": IDS, "batch": 2})
+        reply = decode_worker.answer(one, "fill", {"ids": IDS, "batch": 2})
         assert reply["out_of_memory"] is True
         assert "GB" in reply["error"]
         monkeypatch.undo()
-        assert "error" not in decode_worker.answer(system, "fill", {"ids": IDS, "batch": 2})
+        assert "error" not in decode_worker.answer(one, "fill", {"ids": IDS, "batch": 2})
 
 
 def test_an_error_is_an_answer(settings):
-    system, _ = loaded(decode_worker.Ours, settings, policy="snapkv", share=0.1)
+    system, _ = loaded(ours.Ours, settings, policy="snapkv", share=0.1)
     reply = decode_worker.answer(system, "fill", {"ids": IDS, "batch": 1})
     assert reply["out_of_memory"] is False
     assert "budget 16" in reply["error"]
@@ -182,13 +176,13 @@ def test_an_error_is_an_answer(settings):
 
 
 def row(system="ours eager", policy="full", batch=2, length=64, step=0.1, **more):
-    worker = decode.Worker(system, policy, "ours", {"interval": 10})
+    worker = workers.Worker(system, policy, "ours", {"interval": 10})
     worker.facts = {"weight_bytes": 3_000_000}
     state = {"kv_bytes": 1_000_000, "kv_allocated": 1_100_000, "tokens": length, "peak": 7_000_000}
     fill = {"seconds": 0.5, **state, **more}
     turn = {"step_seconds": [step, step, 2 * step], "chosen": [1, 2], **state}
     cell = {"batch": batch, "length": length}
-    return decode.make_row(worker, cell, fill, [turn, turn], bandwidth=400_000_000)
+    return rows.make_row(worker, cell, fill, [turn, turn], bandwidth=400_000_000)
 
 
 def test_a_row_has_what_must_move_and_how_near_that_bound_it_came():
@@ -198,30 +192,30 @@ def test_a_row_has_what_must_move_and_how_near_that_bound_it_came():
     assert made["reached"] == pytest.approx(0.5)
     assert made["tokens_per_second"] == pytest.approx(100)
     assert made["step_with_rounds"] == pytest.approx(0.02 + 0.2 / 10)
-    line = decode.table_row(made)
-    assert line.count("|") == decode.HEADER.splitlines()[0].count("|")
+    line = rows.table_row(made)
+    assert line.count("|") == rows.HEADER.splitlines()[0].count("|")
     assert "| 20.00 | 20.00 to 35.00 | 40.00 |" in line
     assert line.endswith("| 10.00 | 50% |")
 
 
 def test_ratios_are_against_our_full_cache_in_the_same_cell_and_mode():
     eager, compiled = row(step=0.1), row("ours compiled", step=0.05)
-    lethe, peer = row(policy="lethe@8.3", step=0.02), row("transformers", step=0.2)
-    rows = [eager, compiled, lethe, peer, row(batch=1)]
-    assert decode.baseline(rows, lethe) is eager
-    assert decode.baseline(rows, peer) is compiled
-    assert decode.speedup(lethe, eager) == pytest.approx(5)
-    assert decode.speedup(peer, compiled, together=False) == pytest.approx(0.25)
+    plus, peer = row(policy="lethe-plus@8.3", step=0.02), row("transformers", step=0.2)
+    table = [eager, compiled, plus, peer, row(batch=1)]
+    assert rows.baseline(table, plus) is eager
+    assert rows.baseline(table, peer) is compiled
+    assert rows.speedup(plus, eager) == pytest.approx(5)
+    assert rows.speedup(peer, compiled, together=False) == pytest.approx(0.25)
 
 
 def test_rows_without_figures_keep_their_place_in_every_table():
-    worker = decode.Worker("ours eager", "full", "ours", {})
+    worker = workers.Worker("ours eager", "full", "ours", {})
     fill = {"error": "needs 3 GB of 1 GB", "out_of_memory": True}
-    full = decode.make_row(worker, {"batch": 4, "length": 64}, fill, [], 1.0)
-    line = decode.table_row(full)
+    full = rows.make_row(worker, {"batch": 4, "length": 64}, fill, [], 1.0)
+    line = rows.table_row(full)
     assert "out of memory" in line
-    assert line.count("|") == decode.HEADER.splitlines()[0].count("|")
-    table = decode.by_batch([row(batch=1), row(batch=2), full])
+    assert line.count("|") == rows.HEADER.splitlines()[0].count("|")
+    table = rows.by_batch([row(batch=1), row(batch=2), full])
     assert "| system | policy | 1 | 2 | 4 |" in table
     assert "| ours eager | full | 10.0 | 20.0 | out of memory |" in table
 
@@ -231,14 +225,14 @@ def test_rows_without_figures_keep_their_place_in_every_table():
 
 def test_the_grid_from_start_to_end(checkpoint, tmp_path, capsys):
     out = tmp_path / "out.json"
-    more = ["--policies", "full", "lethe@30", "--targets", "--json", str(out)]
+    more = ["--policies", "full", "lethe-plus@30", "--targets", "--json", str(out)]
     more += ["--target-length", "80", "--prefill", "40", "80", "--long", "40", "60"]
     more += ["--windows", "1", "--budget", "32"]
     assert decode.main(options(checkpoint, *more)) == 0
     printed = capsys.readouterr().out
     facts = json.loads(out.read_text())
     grid = [r for r in facts["rows"] if r["length"] == 70]
-    kinds = [("ours eager", "full"), ("ours eager", "lethe@30"), ("transformers", "full")]
+    kinds = [("ours eager", "full"), ("ours eager", "lethe-plus@30"), ("transformers", "full")]
     assert [(r["batch"], r["system"], r["policy"]) for r in grid] == [
         (batch, *kind) for batch in (1, 3) for kind in kinds
     ]
@@ -247,7 +241,7 @@ def test_the_grid_from_start_to_end(checkpoint, tmp_path, capsys):
         assert len(one["turn_medians"]) == 2
         assert 0 < one["step_quartiles"][0] <= one["step_seconds"] <= one["step_quartiles"][1]
         assert one["times_full"] > 0
-        assert decode.table_row(one) in printed
+        assert rows.table_row(one) in printed
     assert facts["bandwidth"]["median"] > 0
     assert facts["settings"]["batch"] == [1, 3]
     assert {"hardware", "versions", "commit", "processor_shares"} <= facts.keys()
@@ -262,17 +256,17 @@ def test_the_curve_has_times_and_memory_by_length(checkpoint, tmp_path):
     out = tmp_path / "curve.json"
     more = ["--curve", "--curve-tokens", "184", "--budget", "32", "--json", str(out)]
     assert decode.main(options(checkpoint, *more)) == 0
-    full, lethe = json.loads(out.read_text())["curve"]
+    full, plus = json.loads(out.read_text())["curve"]
     assert full["points"][-1]["tokens"] == 64 + 2 + 40 * 3
     assert full["points"][-1]["kv_bytes"] == 186 * TOKEN
-    assert max(point["kv_bytes"] for point in lethe["points"]) <= (32 + 16) * TOKEN
+    assert max(point["kv_bytes"] for point in plus["points"]) <= (32 + 16) * TOKEN
     pytest.importorskip("matplotlib")
     from benchmarks.speed import plot_decode
 
     drawing = tmp_path / "speed.svg"
     plot_decode.draw(json.loads(out.read_text()), drawing)
     text = drawing.read_text()
-    assert "Lethe, budget 32" in text
+    assert "LethePlus, budget 32" in text
     assert "full cache" in text
     # Told apart without colour: by their names, and by markers of two shapes.
     assert text.count("<use ") > 4
@@ -290,19 +284,19 @@ def test_a_worker_that_dies_leaves_the_others_rows_and_a_line(checkpoint, tmp_pa
     assert decode.main(options(checkpoint, "--batch", "1", *more)) == 0
     printed = capsys.readouterr().out
     assert "kvpress snapkv@8.3: died in `load` (exit code 1): no more" in printed
-    rows = json.loads(out.read_text())["rows"]
-    assert [r["system"] for r in rows if "error" not in r] == ["ours eager"]
+    measured = json.loads(out.read_text())["rows"]
+    assert [r["system"] for r in measured if "error" not in r] == ["ours eager"]
 
 
 def test_a_worker_that_is_killed_or_stuck_is_named(settings):
-    worker = decode.Worker("ours eager", "full", "ours", settings)
+    worker = workers.Worker("ours eager", "full", "ours", settings)
     worker.start()
     assert worker.gone is None
     worker.process.kill()
     worker.process.wait()
-    with pytest.raises(decode.WorkerError, match="killed by SIGKILL"):
+    with pytest.raises(workers.WorkerError, match="killed by SIGKILL"):
         worker.ask("steps", count=1)
-    with pytest.raises(decode.WorkerError, match="killed by SIGKILL"):
+    with pytest.raises(workers.WorkerError, match="killed by SIGKILL"):
         worker.ask("steps", count=1)
     worker.close()
 
@@ -310,11 +304,11 @@ def test_a_worker_that_is_killed_or_stuck_is_named(settings):
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_an_interrupted_run_prints_what_it_has(checkpoint, tmp_path):
     out = tmp_path / "out.json"
-    argv = [sys.executable, str(BENCHMARKS / "decode.py"), *options(checkpoint)]
+    argv = [sys.executable, "-m", "benchmarks.speed.decode", *options(checkpoint)]
     argv += ["--reps", "100", "--batch", "1", *["2"] * 500, "--json", str(out)]
     argv += ["--policies", "full", "--peers"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE)
+    run = subprocess.Popen(argv, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
     for line in run.stdout:
         if line.startswith("| 1 | 70 |"):
             break
@@ -325,7 +319,7 @@ def test_an_interrupted_run_prints_what_it_has(checkpoint, tmp_path):
     assert json.loads(out.read_text())["rows"]
 
 
-@pytest.mark.parametrize("policy", ["nothing@8", "lethe", "lethe@0", "lethe@x", "full@50"])
+@pytest.mark.parametrize("policy", ["nothing@8", "lethe-plus", "lethe@0", "lethe@x", "full@50"])
 def test_a_policy_that_cannot_be_is_refused_in_a_line(policy, capsys):
     with pytest.raises(SystemExit) as stop:
         decode.parse(["--policies", policy])

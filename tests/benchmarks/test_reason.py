@@ -1,26 +1,26 @@
-"""quality.py reason and ablation.py: reading is writing, equal budgets, one factor at a time."""
+"""The reasoner under policies: reading is writing, equal budgets, one factor at a time."""
 
 import dataclasses
 import json
 import random
 import re
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from cases import ALL, FEW
 from hypothesis import given
 from hypothesis import strategies as st
-from test_all_policies import ALL, FEW
 
+from benchmarks import ROOT
 from benchmarks.common import results
 from benchmarks.common.results import Lines, wilson
-from benchmarks.quality import ablation, chains, choices, plot_quality, reason
+from benchmarks.quality import ablation, chains, choices, foresight, plot_quality, reason
 from benchmarks.quality import run as quality
 from benchmarks.quality.reading import SPLITS
+from lethe_mini import FullKV, LethePlus
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
-from lethe_mini.policy import FullKV, Lethe
 from lethe_mini.reasoner.problems import FAMILIES, problem
 
 CLOSE = {"abs": 1e-4, "rel": 1e-4}
@@ -116,8 +116,9 @@ def test_what_is_held_is_what_the_engine_counts(engine, name):
 def test_what_others_have_read_changes_nothing(engine, turns):
     """Prompts are prefilled once for policies that note the same; those that count attention from
     another lag on do not."""
-    names = ["h2o-unprotected", "lethe-unprotected", "snapkv-unprotected", "h2o-unprotected"]
-    policies = [*[ALL[name] for name in names][::turns], Lethe(budget=20, interval=7, lag=9)]
+    names = ["h2o-unprotected", "lethe-plus-unprotected", "lethe-unprotected", "snapkv-unprotected",
+             "h2o-unprotected"]  # fmt: skip
+    policies = [*[ALL[name] for name in names][::turns], LethePlus(budget=20, interval=7, lag=9)]
     batch = random_batch(engine)
     for policy in policies:
         assert batch.read(policy) == random_batch(engine).read(policy)
@@ -217,15 +218,17 @@ def arm(choice, budget="25%", protect=False, **changes):
 
 def test_a_budget_is_a_share_of_the_text_or_of_the_chain_beyond_a_protected_prompt(engine):
     batch = some_batch(engine)
-    free, protected = (arm("lethe", protect=protect).policy(batch) for protect in (False, True))
+    free, protected = (
+        arm("lethe-plus", protect=protect).policy(batch) for protect in (False, True)
+    )
     assert free.budget == round(batch.length / 4)
     assert protected.budget == batch.prompt + round(batch.chain / 4)
     assert (free.protect_prompt, protected.protect_prompt) == (False, True)
     assert free.interval == 4
     assert free.sinks == 2
-    assert arm("lethe", "17").policy(batch).budget == 17
+    assert arm("lethe-plus", "17").policy(batch).budget == 17
     with pytest.raises(UserError, match="too small"):
-        arm("lethe", "2").policy(batch)
+        arm("lethe-plus", "2").policy(batch)
 
 
 def test_a_window_takes_no_more_than_a_quarter_of_the_room(engine):
@@ -236,17 +239,17 @@ def test_a_window_takes_no_more_than_a_quarter_of_the_room(engine):
         assert arm(choice, "21", protect=True).policy(batch).window == 5
 
 
-BREAKS = {"knee": "segment", "tau": 1.05, "granularity": "layer", "distinct_ratio": 0.0}
+BREAKS = {"breakpoint": "segment", "tau": 1.05, "per_head": False, "distinct_ratio": 0.0}
 
 
-@pytest.mark.parametrize("changes", [BREAKS, {"interval": 11}, {"knee": "none"}], ids=str)
+@pytest.mark.parametrize("changes", [BREAKS, {"interval": 11}, {"breakpoint": "none"}], ids=str)
 def test_as_much_is_held_whatever_the_breakpoint_and_the_interval(engine, changes):
     """As much as a policy may that keeps its budget, with a round every 4 tokens."""
-    batch, base = some_batch(engine), arm("lethe", **changes)
+    batch, base = some_batch(engine), arm("lethe-plus", **changes)
     allowed = batch.held(list(map(len, batch.chains)), base.policy(batch).budget, 4)
     result = reason.measured(batch, base, batch.read, whole=True)
     assert result["held"] == pytest.approx(allowed, rel=2 * choices.TOLERANCE)
-    if changes != {"knee": "none"}:
+    if changes != {"breakpoint": "none"}:
         assert result["nominal"] != base.policy(batch).budget
     early = reason.measured(batch, base, lambda policy: batch.read(policy, False), whole=False)
     assert early["exact"] == result["exact"]
@@ -257,7 +260,7 @@ def test_as_much_is_held_whatever_the_breakpoint_and_the_interval(engine, change
 
 
 def test_writing_takes_the_budget_that_reading_found(engine):
-    batch, one = some_batch(engine), arm("lethe", **BREAKS)
+    batch, one = some_batch(engine), arm("lethe-plus", **BREAKS)
     found = reason.measured(batch, one, batch.read, whole=True)["nominal"]
     asked = []
 
@@ -324,11 +327,11 @@ def test_reason_from_the_command_line(small, tmp_path, capsys, way):
     """Tables of each family and of all, JSON with every setting, a plot; then from its lines alone,
     also when the families' lines come from two runs."""
     path, lines, svg = (tmp_path / name for name in ("out.json", "lines", "out.svg"))
-    few = ["--choice", "random", "lethe", "paper", "--budget", "25%", "--model", str(small)]
+    few = ["--choice", "random", "lethe-plus", "lethe", "--budget", "25%", "--model", str(small)]
     argv = ["reason", *FEW_PROBLEMS, *few, *way]
     quality.main([*argv, "--lines", str(lines), "--json", str(path)])
     out, facts = capsys.readouterr().out, json.loads(path.read_text())
-    assert facts["settings"]["choice"] == ["random", "lethe", "paper"]
+    assert facts["settings"]["choice"] == ["random", "lethe-plus", "lethe"]
     assert [row["family"] for row in facts["rows"]] == ["walk"] * 7 + ["run"] * 7 + ["all"] * 7
     assert out.count("\n|") == 3 * 2 + len(facts["rows"])
     full, *others = facts["rows"][-7:]
@@ -337,7 +340,7 @@ def test_reason_from_the_command_line(small, tmp_path, capsys, way):
     assert all(0 < row["share"] < 1 for row in others)
     assert ("solved" in full) == (not way)
     assert ("nats" in full) == (way == ["--read"])
-    assert others[1]["choice"] == "lethe"
+    assert others[1]["choice"] == "lethe-plus"
     assert [row["policy"]["protect_prompt"] for row in others] == [False] * 3 + [True] * 3
     parts = []
     for family in ("walk", "run"):
@@ -353,10 +356,10 @@ def test_reason_from_the_command_line(small, tmp_path, capsys, way):
     capsys.readouterr()
     assert plot_quality.main([str(path), str(svg)]) == 0
     tables, text = capsys.readouterr().out, svg.read_text()
-    assert tables.count("\n| lethe |") == 2
+    assert tables.count("\n| lethe-plus |") == 2
     right = others[1]["solved" if "solved" in full else "exact"]
-    assert f"\n| lethe | {100 * right[0]:.1f} [{100 * right[1]:.1f}, " in tables
-    assert all(f">{name}<" in text for name in ("full", "random", "lethe", "paper"))
+    assert f"\n| lethe-plus | {100 * right[0]:.1f} [{100 * right[1]:.1f}, " in tables
+    assert all(f">{name}<" in text for name in ("full", "random", "lethe-plus", "lethe"))
     assert plot_quality.main([str(path), str(svg), "--family", "sum"]) == 2
     with pytest.raises(SystemExit):
         quality.main(["reason", "--until-wrong"])
@@ -377,7 +380,7 @@ def test_every_arm_differs_from_the_base_in_what_it_is_named_for(engine):
     assert full.choice == "full"
     batch = some_batch(engine)
     base = base.policy(batch)
-    assert base == Lethe(
+    assert base == LethePlus(
         budget=base.budget, interval=16, gamma=0.9, allocation="uniform", sinks=base.sinks
     )
     names = [one.choice for one in arms]
@@ -402,7 +405,7 @@ def test_halves_keep_what_they_say(engine):
     batch = some_batch(engine)
     seen = {}
     for name, (make, changes) in ablation.HALVES.items():
-        one = reason.Arm(name, make, {"knee": "none"} | changes, "40", False, 8, 2)
+        one = reason.Arm(name, make, {"breakpoint": "none"} | changes, "40", False, 8, 2)
         cache, _ = batch.prefilled(one.policy(batch))
         one.policy(batch).round(cache, [True] * len(batch.prompts))
         seen[name] = cache
@@ -426,7 +429,7 @@ def test_ablation_from_the_command_line(small, tmp_path, capsys):
     argv += ["--factors", "interval", "halves", "--json", str(path)]
     ablation.main(argv)
     out, facts = capsys.readouterr().out, json.loads(path.read_text())
-    assert facts["base"]["gamma"] == Lethe().gamma
+    assert facts["base"]["gamma"] == LethePlus().gamma
     rows = [row for row in facts["rows"] if row["family"] == "all"]
     assert [row["choice"] for row in rows[:3]] == ["full", "base", "interval=4"]
     assert len(rows) == 2 * (2 + 4 + 6)  # of five intervals one is the base's
@@ -450,9 +453,14 @@ def test_ablation_from_the_command_line(small, tmp_path, capsys):
 
 
 def test_the_commands_of_the_document_are_understood():
-    text = (Path(__file__).parents[2] / "docs" / "QUALITY.md").read_text(encoding="utf-8")
-    parsers = {"quality.py": quality.arguments, "ablation.py": ablation.arguments}
-    found = re.findall(r"^python benchmarks/(quality|ablation)\.py (.*)$", text, re.MULTILINE)
+    text = (ROOT / "docs" / "QUALITY.md").read_text(encoding="utf-8")
+    parsers = {
+        "run": quality.arguments,
+        "ablation": ablation.arguments,
+        "foresight": foresight.arguments,
+    }
+    command = r"^python -m benchmarks\.quality\.(run|ablation|foresight) (.*)$"
+    found = re.findall(command, text, re.MULTILINE)
     assert len(found) >= 8
     for name, options in found:
-        parsers[f"{name}.py"](options.partition(" #")[0].split())
+        parsers[name](options.partition(" #")[0].split())

@@ -6,13 +6,13 @@ no labels handed over, and it takes the chain apart line by line.
 
 import random
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lethe_mini.reasoner.problems import BEYOND, FAMILIES, TRAINED, WORDS, Problem, check, problem
+from benchmarks import ROOT
+from lethe_mini.reasoner.problems import BEYOND, FAMILIES, TRAINED, WORDS, Problem, problem, solved
 
 families = st.sampled_from(sorted(FAMILIES))
 
@@ -113,11 +113,11 @@ def test_chain_and_answer_are_those_of_an_independent_solver(one):
     lines = SOLVERS[one.family](one.prompt)
     assert one.chain.split("\n") == lines
     assert lines[-1].partition("answer ")[2] == one.answer
-    assert check(one, one.chain)
+    assert solved(one, one.chain)
 
 
 def test_the_examples_of_the_document_are_of_today():
-    text = (Path(__file__).parents[2] / "docs" / "QUALITY.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "QUALITY.md").read_text(encoding="utf-8")
     shown = re.search(r"```text\n(walk .*?)\n```", text, re.DOTALL)[1].split("\n\n")
     assert [one.split()[0] for one in shown] == list(FAMILIES)
     for one in shown:
@@ -156,17 +156,17 @@ def test_sizes_trained_on_make_chains_of_300_words_to_1300_with_the_prompt():
 @given(drawn, st.integers(0, 9))
 def test_one_wrong_digit_at_the_end_is_wrong(one, digit):
     text = f"{one.chain[:-1]}{digit}"
-    assert check(one, text) == (text == one.chain)
-    assert not check(one, text.replace("answer", ""))
-    assert not check(one, one.chain + " 1")
+    assert solved(one, text) == (text == one.chain)
+    assert not solved(one, text.replace("answer", ""))
+    assert not solved(one, one.chain + " 1")
 
 
 def test_only_the_answer_counts_and_the_last_one_at_that():
     one = Problem("sum", 4, "?", "...", "carry 1 total 10^0 3")
-    assert check(one, "nonsense\nanswer carry 1 total 10^0 3 ")
-    assert check(one, "answer 7\nanswer carry 1 total 10^0 3")
-    assert not check(one, "answer carry 1 total 10^0 3\nanswer 7")
-    assert not check(one, "")
+    assert solved(one, "nonsense\nanswer carry 1 total 10^0 3 ")
+    assert solved(one, "answer 7\nanswer carry 1 total 10^0 3")
+    assert not solved(one, "answer carry 1 total 10^0 3\nanswer 7")
+    assert not solved(one, "")
 
 
 def test_a_walk_of_50_steps_rarely_goes_round_in_circles():
