@@ -19,7 +19,7 @@ from lethe_mini.cache import write
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
-from lethe_mini.policy import Lethe, repeats
+from lethe_mini.policies.lethe_plus import LethePlus, keys_before_rope, repeats
 
 START, END = "<|start|>", "<|end|>"
 TEMPLATE = (
@@ -115,9 +115,9 @@ def observe(layer, q=None, mass=None):
 
 def distinct(policy, layer, row, room, recent):
     """Which tokens no newer one repeats, [head][slot], and how many of them are to stay."""
-    if not isinstance(policy, Lethe) or policy.budget is None:
+    if not isinstance(policy, LethePlus):
         return None, 0
     near = torch.tensor([recent + policy.interval])
-    cosine = repeats(layer.content([row]), layer.filled[[row]], near)[0]
+    cosine = repeats(keys_before_rope(layer, [row]), layer.filled[[row]], near)[0]
     cosine = cosine if policy.per_head else cosine.mean(0).expand_as(cosine)
     return (cosine <= policy.alike).tolist(), int(policy.distinct_ratio * (room - recent))

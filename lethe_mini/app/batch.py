@@ -5,9 +5,8 @@ it was made with, so that a second run with the same prompts and settings comple
 one with others is refused.
 """
 
-import hashlib
 import json
-import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +14,13 @@ from tqdm import tqdm
 
 from ..engine import Engine
 from ..errors import UserError
+from ..generation.sampling import Sampling
 from ..generation.stats import Result, kv_bytes
+from ..jsonlines import Appender, digest, read_lines
 from ..policy import Policy
 
 HEAD = b'{"id": '  # how every line begins
+MEND = "name another --output, or delete it"
 
 
 @dataclass(frozen=True)
@@ -80,45 +82,25 @@ def _parse(line: str, number: int, where: str) -> Prompt:
     return Prompt(id, data["prompt"], most)
 
 
-def digest(settings: dict) -> str:
-    """A short name for settings: equal ones have equal names."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_done(path: Path, prompts: list[Prompt], num_samples: int, runs: dict) -> set[tuple]:
     """The (id, sample) pairs that an output file already has; `runs`: id -> the digest of what its
     lines are made with. Raises UserError if the file is not this run's; only then is a last line
     that a crash cut short taken off."""
-    if not path.exists():
-        return set()
-    mend = "name another --output, or delete it"
-    if not path.is_file():
-        raise UserError(f"{path} is no regular file; {mend}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     known, done = {prompt.id: prompt.text for prompt in prompts}, set()
-    whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            key, prompt, made_by = (entry["id"], entry["sample"]), entry["prompt"], entry["run"]
-            if type(key[0]) not in (str, int) or type(key[1]) is not int:
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}, line {number}: not a line of this command; {mend}") from None
+
+    def accept(number: int, entry) -> None:
+        key, prompt, made_by = (entry["id"], entry["sample"]), entry["prompt"], entry["run"]
+        if type(key[0]) not in (str, int) or type(key[1]) is not int:
+            raise TypeError
         if known.get(key[0]) != prompt or not 0 <= key[1] < num_samples:
-            raise UserError(f"{path} belongs to other prompts (line {number}); {mend}")
+            raise UserError(f"{path} belongs to other prompts (line {number}); {MEND}")
         if made_by != runs[key[0]]:
-            raise UserError(f"{path} was made with other settings (line {number}); {mend}")
+            raise UserError(f"{path} was made with other settings (line {number}); {MEND}")
         if key in done:
-            raise UserError(f"{path}, line {number}: {key[0]!r} is there twice; {mend}")
+            raise UserError(f"{path}, line {number}: {key[0]!r} is there twice; {MEND}")
         done.add(key)
-    if torn:
-        if not (torn.startswith(HEAD) or HEAD.startswith(torn)):
-            raise UserError(f"{path} does not end in a line of this command; {mend}")
-        os.truncate(path, len(whole))
+
+    read_lines(path, HEAD, accept, MEND)
     return done
 
 
@@ -128,28 +110,23 @@ def run_batch(
     policy: Policy,
     output: Path,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     num_samples: int = 1,
     quiet: bool = False,
     **options,
 ) -> Result | None:
     """Writes to `output` what it lacks; None if it is complete. Options: Engine.generate's."""
-    facts = {k: v for k, v in options.items() if k not in ("batch_size", "prefill_chunk")}
-    settings = {"model": engine.name, "dtype": str(engine.dtype), "policy": policy.name}
-    settings |= {**asdict(policy), **facts}
+    sampling = sampling or Sampling()
     limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in prompts}
-    runs = {id: digest({**settings, "max_new_tokens": limit}) for id, limit in limits.items()}
+    runs = _runs(engine, policy, sampling, limits, options)
     done = read_done(output, prompts, num_samples, runs)
     # A prompt is run again whole if a sample of it is missing: samples share their prefill.
     left = [p for p in prompts if any((p.id, i) not in done for i in range(num_samples))]
     if not left:
         return None
-    missing = len(prompts) * num_samples - len(done)
-    try:
-        file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
-    bar = tqdm(total=missing, unit="seq", disable=quiet or None, miniters=0)
-    tokens = 0
+    missing, tokens = len(prompts) * num_samples - len(done), 0
+    if not quiet:
+        print(f"writing {missing} texts to {output}", file=sys.stderr, flush=True)
 
     def on_token(index: int, token: int) -> None:
         nonlocal tokens
@@ -166,24 +143,29 @@ def run_batch(
         if (prompt.id, number) in done:
             return
         entry = {"id": prompt.id, "sample": number, "prompt": prompt.text, **asdict(one)}
-        line = json.dumps({**entry, "run": runs[prompt.id]}, ensure_ascii=False).encode() + b"\n"
-        if os.write(file, line) != len(line):  # one call, so that a line is there whole or not
-            raise UserError(f"cannot write {output}: the disk is full")
+        file.write(json.dumps({**entry, "run": runs[prompt.id]}, ensure_ascii=False))
         bar.update()
 
-    try:
+    with (
+        Appender(output) as file,
+        tqdm(total=missing, unit="seq", disable=quiet or None, miniters=0) as bar,
+    ):
         return engine.generate(
             [prompt.text for prompt in left],
             policy,
-            max_new_tokens=[limits[prompt.id] for prompt in left],
+            [limits[prompt.id] for prompt in left],
+            sampling,
             num_samples=num_samples,
             on_token=on_token,
             on_finish=on_finish,
             on_step=None if bar.disable else on_step,
             **options,
         )
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
-    finally:
-        os.close(file)
-        bar.close()
+
+
+def _runs(engine: Engine, policy: Policy, sampling: Sampling, limits: dict, options: dict) -> dict:
+    """id -> a short name for all settings that its lines depend on."""
+    facts = {k: v for k, v in options.items() if k not in ("batch_size", "prefill_chunk")}
+    settings = {"model": engine.name, "dtype": str(engine.dtype), "policy": policy.name}
+    settings |= {**asdict(policy), **asdict(sampling), **facts}
+    return {id: digest({**settings, "max_new_tokens": limit}) for id, limit in limits.items()}

@@ -117,7 +117,7 @@ def _token_ids(prompt) -> list[int]:
     if isinstance(prompt, dict):
         raise UserError("a prompt should be a text, not a message; give its content, and system=")
     try:
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
     except TypeError:
         raise UserError(
             f"a prompt should be a text or a list of token ids, not {prompt!r}; "

@@ -66,7 +66,7 @@ def problem(family: str, rng: random.Random, size: int) -> Problem:
     return Problem(family, size, prompt, chain, chain.partition(f"{ANSWER} ")[2])
 
 
-def check(problem: Problem, text: str) -> bool:
+def solved(problem: Problem, text: str) -> bool:
     """Does a text, with whatever chain, end in the right answer?"""
     _, found, answer = text.rpartition(ANSWER)
     return bool(found) and answer.split() == problem.answer.split()

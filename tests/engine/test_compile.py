@@ -6,8 +6,7 @@ import pytest
 import tiny
 import torch
 
-from lethe_mini import Engine, FullKV, Lethe
-from lethe_mini.policies import SnapKV
+from lethe_mini import Engine, FullKV, Lethe, LethePlus, SnapKV
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 
@@ -41,9 +40,10 @@ def test_compiled_equals_eager_and_compiles_a_handful(changes):
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], list(range(1, 18)), [7]]
     cases = (
         (prompts[:1], FullKV(), 150),
-        (prompts[:1], Lethe(budget=48, interval=32), 200),
-        (prompts[:2], Lethe(budget=48, interval=32), 100),
-        (prompts, Lethe(budget=48, interval=32, granularity="head"), 70),
+        (prompts[:1], LethePlus(budget=48, interval=32), 200),
+        (prompts[:2], LethePlus(budget=48, interval=32), 100),
+        (prompts, LethePlus(budget=48, interval=32), 70),
+        (prompts[:2], Lethe(budget=48, interval=32), 70),
         (prompts[:2], SnapKV(budget=40, window=8, protect_prompt=False), 70),
     )
 
@@ -68,7 +68,7 @@ def test_a_growing_cache_compiles_a_handful():
     prompt = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
     compiled.generate(prompt, FullKV(), max_new_tokens=4000, ignore_eos=True)
     assert 0 < graphs() <= 2
-    stats = compiled.generate(prompt, Lethe(budget=100), max_new_tokens=4000).stats
+    stats = compiled.generate(prompt, LethePlus(budget=100), max_new_tokens=4000).stats
     assert stats.rounds > 10
     assert graphs() <= 4
 

@@ -76,5 +76,5 @@ def test_rows_from_four_places_are_all_rows(sizes, seed):
     weight, x = torch.randn(*sizes), torch.randn(sizes[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        y = products._matrix_vector(weight, x)
+        y = kernels._matrix_vector(weight, x)
     near(y, weight, x, torch.float32)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import model as random_model
 
-from lethe_mini.cache import KVCache
+from lethe_mini.cache import KVCache, Notes
 from lethe_mini.checkpoint.load import load_model
 from lethe_mini.engine import Engine
 
@@ -206,7 +206,7 @@ def test_any_chunking_through_a_cache_gives_the_uncached_logits(
     torch.manual_seed(seed)
     model = tiny()
     tokens = torch.randint(VOCAB, (batch, sum(chunks)))
-    cache = KVCache(model.config, batch=batch, scored=scored, window=window)
+    cache = KVCache(model.config, batch=batch, notes=Notes(scored, window))
     parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
     assert_close(torch.cat(parts, 1), model(tokens))
     assert cache.seen == [sum(chunks)] * batch
@@ -222,7 +222,7 @@ def test_sequences_of_different_lengths_share_a_cache(prompts, chunks, seed):
     torch.manual_seed(seed)
     model = tiny()
     rows = [torch.randint(VOCAB, (1, prompt + sum(chunks))) for prompt in prompts]
-    caches = [KVCache(model.config, scored=True) for _ in rows]
+    caches = [KVCache(model.config, notes=Notes(scored=True)) for _ in rows]
     for row, cache, prompt in zip(rows, caches, prompts, strict=True):
         model(row[:, :prompt], cache=cache)
     for other in caches[1:]:

@@ -1,0 +1,124 @@
+"""What the command shows: text as it is made, on standard output; the rest on standard error."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..engine import Engine
+from ..generation.stats import Result
+from ..options import show_budget
+from ..policy import Policy, Pruner
+from .batch import Prompt
+
+PATIENCE = 2.0  # seconds of silence before the command says what it is doing
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A line on standard error."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def saying(text: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Says what goes on if it takes longer than PATIENCE; gives what makes it silent."""
+    timer = threading.Timer(PATIENCE, say, (text, quiet))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+
+
+class Screen:
+    """Prints a single sequence as it grows; of several, each whole when it ends.
+
+    on_first: called before the first token is printed.
+    """
+
+    def __init__(
+        self, engine: Engine, prompts: list[Prompt], num_samples: int, on_first: Callable[[], None]
+    ):
+        self.names = [
+            f"{prompt.id}" + (f", sample {sample + 1}" if num_samples > 1 else "")
+            for prompt in prompts
+            for sample in range(num_samples)
+        ]
+        self.left = set(range(len(self.names)))
+        self.stream = engine.text.stream() if len(self.names) == 1 else None
+        self.on_first = on_first
+
+    def on_token(self, index: int, token: int) -> None:
+        self.on_first()
+        if self.stream is not None:
+            print(self.stream.push(token), end="", flush=True)
+
+    def on_finish(self, index: int, one) -> None:
+        self.left.discard(index)
+        if self.stream is not None:
+            print(self.stream.flush(), flush=True)
+        else:
+            print(f"--- {self.names[index]} ---\n{one.text}", flush=True)
+
+    def close(self, result: Result) -> None:
+        """What an interruption left: the text so far."""
+        for index in sorted(self.left):
+            if result.sequences[index].token_ids:
+                self.on_finish(index, result.sequences[index])
+
+
+def report(result: Result, policy: Policy) -> str:
+    """The short report of a run."""
+    stats, tokens = result.stats, sum(one.generated_tokens for one in result.sequences)
+    lines = [
+        f"{tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s "
+        f"(prefill {stats.prefill_seconds:.2f} s, decode {stats.decode_seconds:.2f} s, "
+        f"pruning {stats.prune_seconds:.2f} s)"
+    ]
+    if stats.compile_seconds:
+        lines.append(f"compiling took {stats.compile_seconds:.0f} s, not counted as decoding")
+    lines.append(
+        f"KV memory: {_size(stats.kv_bytes_final)} kept at the end where a full cache holds "
+        f"{_size(stats.kv_bytes_full)} ({stats.kv_reduction:.1%} less); at most "
+        f"{_size(stats.kv_bytes_peak)} at a time; the process had {_size(stats.memory_peak)}"
+    )
+    lines.append(_rounds(result, policy))
+    if any(one.finish_reason == "positions" for one in result.sequences):
+        lines.append(
+            "stopped at the model's last position; --positions compact with a budget goes on"
+        )
+    return "\n".join(lines)
+
+
+def _rounds(result: Result, policy: Policy) -> str:
+    """What the policy did, or why it did nothing."""
+    stats, name = result.stats, f"policy {result.stats.policy['name']}"
+    if not isinstance(policy, Pruner):
+        return f"{name}: {stats.kv_tokens_mean:.0f} tokens held per layer on average"
+    name += f", budget {show_budget(policy.budget)}"
+    if stats.evicted_tokens:
+        return (
+            f"{name}: {stats.rounds} rounds, {stats.evicted_tokens} evicted over all layers; "
+            f"{stats.kv_tokens_mean:.0f} tokens held per layer on average, with those written "
+            "between rounds"
+        )
+    if policy.budget == 1.0:
+        return f"{name}: nothing was pruned, and never is with this budget"
+    longest = max(result.sequences, key=lambda one: one.prompt_tokens + one.generated_tokens)
+    seen, start = longest.prompt_tokens + longest.generated_tokens, policy.first_round(0)
+    start = max(start, policy.first_round(longest.prompt_tokens))
+    if stats.rounds:
+        return f"{name}: nothing was pruned, since no layer had a breakpoint at {seen} tokens"
+    return (
+        f"{name}: nothing was pruned; the first round comes {policy.interval} tokens or fewer "
+        f"after the first {start}, and the longest text has {seen}"
+    )
+
+
+def _size(count: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
