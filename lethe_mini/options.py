@@ -2,6 +2,7 @@
 what a budget is, whether it has room, and how its tokens divide over layers.
 """
 
+import math
 from dataclasses import field, fields
 
 from .errors import UserError
@@ -32,7 +33,8 @@ def check_options(policy) -> None:
             raise UserError(f"{name} should be of type {kind.__name__}, not {value!r}")
         if choices and value not in choices:
             raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
-        if low is not None and not low <= value <= (high or 1e18):
+        most = math.inf if high is None else high
+        if low is not None and not (low <= value <= most and value < math.inf):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"{name} should be {span}, not {value}")
         if policy.budget is None and choices and not choices[value]:
@@ -42,14 +44,14 @@ def check_options(policy) -> None:
 def check_budget(budget: Budget) -> None:
     """Raises UserError for what is no budget. An int counts tokens and a float is a share: 1 is
     one token, 1.0 is the whole text."""
-    known = "a number of tokens such as 512, a share such as 0.25 (25%), or none"
     if budget is not None and type(budget) not in (int, float):
+        known = "a number of tokens such as 512, a share such as 0.25 (25%), or none"
         raise UserError(f"budget should be {known}, not {budget!r}")
     if type(budget) is int and budget < 1:
         raise UserError(f"budget should be at least 1 token, not {budget}")
     if type(budget) is float and not 0 < budget <= 1:
         raise UserError(
-            f"budget {budget} is no share, which is above 0 and at most 1; give {known}"
+            f"budget should be a share above 0 and at most 1, or a whole number, not {budget}"
         )
 
 

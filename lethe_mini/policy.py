@@ -212,7 +212,7 @@ class Pruner(Policy):
             floors = [self.protected(prompt) + self.min_recent] * len(held)
             total = self.limit(prompt, cache.seen[row]) * len(held)
             columns.append(split_budget(total, weights[row], floors, held))
-        return [list(share) for share in zip(*columns, strict=True)]
+        return [[column[i] for column in columns] for i in range(len(cache.layers))]
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
         return [

@@ -1,21 +1,35 @@
 """Shared by all tests: hypothesis profiles, one seed for every test, and the demo checkpoint.
 
-HYPOTHESIS_PROFILE=long draws 20,000 examples instead of 100. Where CI is set, examples are drawn
-the same way in every run, and a demo checkpoint that cannot be fetched is a failure, not a skip.
+Examples are drawn the same way in every run. HYPOTHESIS_PROFILE=random draws others each time, as
+developers want it; HYPOTHESIS_PROFILE=long draws 20,000 of them instead of 100. Where CI is set, a
+demo checkpoint that cannot be fetched is a failure, not a skip.
 """
 
 import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from lethe_mini.checkpoint.demo import demo_folder
 from lethe_mini.errors import UserError
 
-settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
-settings.register_profile("long", parent=settings.get_profile("default"), max_examples=20_000)
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None, derandomize=False)
+settings.register_profile("long", parent=settings.get_profile("random"), max_examples=20_000)
+settings.register_profile(  # the first failure as it comes
+    "brief",
+    parent=settings.get_profile("default"),
+    max_examples=50,
+    phases=[Phase.explicit, Phase.generate],
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--policy", help="path/to/file.py:Class: hold this policy to tests/laws, instead of ours"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -19,25 +19,18 @@ def hoyer(values):
     return (root - math.fsum(values) / math.hypot(*values)) / (root - 1)
 
 
-def breakpoint(ranked, segments, tau, knee):
+def breakpoint(ranked, segments, tau, kind):
     """Algorithm 1's breakpoint in scores that fall, or None. Parts that are empty are dropped."""
     n = len(ranked)
     parts = [(n * i // segments, n * (i + 1) // segments) for i in range(segments)]
     parts = [(start, stop) for start, stop in parts if start < stop]
-    if knee == "global":
+    if kind == "global":
         found = [start for start, _ in parts if start > 0 and ranked[0] > tau * ranked[start]]
-    elif knee == "segment":
+    elif kind == "segment":
         found = [start for start, stop in parts if ranked[start] <= tau * ranked[stop - 1]]
     else:
         found = []
     return found[0] if found and found[0] > 0 else None
-
-
-def knee_of(policy):
-    """The reading that `auto` stands for: with a budget none, alone the paper's."""
-    if policy.knee == "auto":
-        return "global" if policy.budget is None else "none"
-    return policy.knee
 
 
 def rasr(masses, gamma):

@@ -17,9 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lethe_mini.cache import BLOCK, KVCache
+from lethe_mini.cache import BLOCK, KVCache, Notes
 from lethe_mini.generation.stats import allocated, token_bytes
-from lethe_mini.policies import H2O, RKV, TOVA, PyramidKV, RandomKV, SnapKV, StreamingLLM
+from lethe_mini.policies import (
+    H2O,
+    RKV,
+    TOVA,
+    LethePlus,
+    PyramidKV,
+    RandomKV,
+    SnapKV,
+    StreamingLLM,
+)
 from lethe_mini.policy import FullKV, Lethe
 
 L, KV_HEADS, HEADS, D, WINDOW, MOST = 2, 3, 6, 4, 5, 4
@@ -42,15 +51,20 @@ POLICIES = {
     "pyramidkv": lambda **kwargs: PyramidKV(window=WINDOW, beta=3.0, **kwargs),
     "rkv": lambda **kwargs: RKV(window=WINDOW, **kwargs),
     "random": RandomKV,
-    "lethe": lambda **kwargs: Lethe(tau=8.0, knee="global", granularity="layer", **kwargs),
-    "lethe-head": lambda **kwargs: Lethe(knee="none", granularity="head", **kwargs),
-    "lethe-distinct": lambda **kwargs: Lethe(distinct_ratio=0.7, alike=0.2, **kwargs),
-    "lethe-norm": lambda **kwargs: Lethe(granularity="layer", value_norm=True, **kwargs),
-    "lethe-alone": lambda **kwargs: alone(tau=2.0, granularity="layer", **kwargs),
-    "lethe-alone-head": lambda **kwargs: alone(
-        knee="segment", segments=3, tau=2.0, granularity="head", **kwargs
+    "lethe": lambda **kwargs: Lethe(tau=8.0, **kwargs),
+    "lethe-alone": lambda **kwargs: alone(tau=2.0, **kwargs),
+    "lethe-alone-segment": lambda **kwargs: alone(
+        breakpoint="segment", segments=3, tau=2.0, **kwargs
     ),
+    "lethe-plus": LethePlus,
+    "lethe-plus-layer": lambda **kwargs: LethePlus(
+        breakpoint="global", tau=8.0, per_head=False, **kwargs
+    ),
+    "lethe-plus-distinct": lambda **kwargs: LethePlus(distinct_ratio=0.7, alike=0.2, **kwargs),
+    "lethe-plus-norm": lambda **kwargs: LethePlus(per_head=False, value_norm=True, **kwargs),
 }
+
+NOTES = Notes(scored=True, window=WINDOW)
 
 
 def alone(budget, **kwargs):
@@ -99,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache, self.rows = self.prefilled(prompt)
 
     def prefilled(self, prompt):
-        cache = KVCache(SIZES, dtype=torch.float32, scored=True, window=WINDOW)
+        cache = KVCache(SIZES, dtype=torch.float32, notes=NOTES)
         cache.prompt, rows = [prompt], [Row(prompt)]
         self.extend(cache, rows, prompt)
         return cache, rows
@@ -174,26 +188,25 @@ class CacheMachine(RuleBasedStateMachine):
         """Eq. 5's factor. (Ten halvings at most keep the sums exact.)"""
         self.halvings += gamma == 0.5
         gamma = 1.0 if gamma == 0.5 and self.halvings > 10 else gamma
-        self.cache.decay(gamma)
+        Lethe(gamma=gamma).decay(self.cache)
         for row in self.rows:
             for slot in (slot for layer in row.slots for head in layer for slot in head):
                 slot[3] *= gamma
 
     @rule(data=st.data())
-    def keep(self, data):
-        """Any ascending choice, another for each layer and head, as many in every head."""
+    def evict(self, data):
+        """Any ascending choice of some sequences, another for each layer and head, as many in
+        every head."""
         for index, layer in enumerate(self.cache.layers):
-            most = [row.length(index) for row in self.rows]
-            counts = [data.draw(st.integers(n // 2, n) | st.integers(0, n)) for n in most]
-            widest = max(counts)
-            chosen = [
-                [sorted(self.chance.sample(range(n), count)) for _ in range(KV_HEADS)]
-                for n, count in zip(most, counts, strict=True)
-            ]
-            padded = [[head + [0] * (widest + 1 - len(head)) for head in row] for row in chosen]
-            layer.keep(torch.tensor(padded), counts)
-            for row, slots in zip(self.rows, chosen, strict=True):
-                self.apply(row, index, slots)
+            some = data.draw(st.sets(st.integers(0, len(self.rows) - 1)))
+            kept = []
+            for row in some:
+                n = self.rows[row].length(index)
+                count = data.draw(st.integers(n // 2, n) | st.integers(0, n))
+                heads = [sorted(self.chance.sample(range(n), count)) for _ in range(KV_HEADS)]
+                kept.append(torch.tensor(heads).long())
+                self.apply(self.rows[row], index, heads)
+            layer.evict(list(some), kept)
 
     def apply(self, row, index, chosen):
         row.slots[index] = [
@@ -220,7 +233,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def right_choice(self, policy, due):
         """(layer, row, [head][slot]) that the oracle keeps of the sequences that are due."""
-        shares = policy.shares(self.cache)
+        sparsity = policy.sparsity(self.cache) if policy.scored else None
+        shares = policy.shares(self.cache, list(range(len(self.rows))), sparsity)
         for number, row in enumerate(self.rows):
             mine = [share[number] for share in shares]
             lengths = [row.length(index) for index in range(L)]
@@ -236,7 +250,7 @@ class CacheMachine(RuleBasedStateMachine):
                 if not due[number]:
                     continue
                 n = row.length(index)
-                scores = [head[:n] for head in importance[number].tolist()]
+                scores = importance[number].expand(KV_HEADS, -1)[:, :n].tolist()
                 self.check_scores(policy, scores, row.slots[index])
                 salient, threshold = (
                     n,
@@ -261,16 +275,18 @@ class CacheMachine(RuleBasedStateMachine):
     def check_scores(self, policy, scores, slots):
         """H2O and plain Lethe rank by the scores themselves."""
         held = [[slot[3] for slot in head] for head in slots]
+        if getattr(policy, "value_norm", False):
+            return
         if isinstance(policy, H2O) or getattr(policy, "per_head", False):
             assert scores == held
-        elif isinstance(policy, Lethe) and not policy.value_norm:
+        elif isinstance(policy, Lethe):
             assert scores == [[math.fsum(column) for column in zip(*held, strict=True)]] * KV_HEADS
 
     def salient(self, policy, scores):
         """Algorithm 1: the tokens before the breakpoint, or all."""
         ranked = zip(*(sorted(head, reverse=True) for head in scores), strict=True)
         ranked = [math.fsum(column) for column in ranked]
-        found = oracles.breakpoint(ranked, policy.segments, policy.tau, oracles.knee_of(policy))
+        found = oracles.breakpoint(ranked, policy.segments, policy.tau, policy.breakpoint)
         return found or len(scores[0])
 
     @rule(data=st.data())
@@ -350,7 +366,7 @@ def test_a_round_gives_memory_back(before, after, dtype):
     noise = torch.randn(2, 1, KV_HEADS, before, D).to(dtype)
     for layer in cache.layers:
         tiny.put(layer, *noise, torch.arange(before)[None])
-        layer.keep(torch.arange(before).expand(1, KV_HEADS, -1), [after])
+        layer.evict([0], [torch.arange(after)[None]])
         assert layer.capacity == blocks(after)
     per_slot = KV_HEADS * (2 * D * dtype.itemsize + 4)
     assert allocated(cache) == L * blocks(after) * per_slot
@@ -360,7 +376,7 @@ def test_a_round_gives_memory_back(before, after, dtype):
 @pytest.mark.parametrize("rows", [[], [0], [1, 0, 1]])
 def test_no_sequence_at_all_is_a_batch_too(rows):
     """The last ones may leave; and what is left is just theirs."""
-    cache = KVCache(SIZES, batch=2, scored=True, window=WINDOW)
+    cache = KVCache(SIZES, batch=2, notes=NOTES)
     for layer in cache.layers:
         tiny.put(layer, *torch.randn(2, 2, KV_HEADS, 7, D), torch.arange(7).expand(2, 7))
         tiny.observe(layer, torch.randn(2, HEADS, 7, D), torch.rand(2, KV_HEADS, 7))

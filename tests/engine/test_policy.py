@@ -20,11 +20,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe_mini.attention import attend, received_mass
-from lethe_mini.budget import pyramid, split_budget
-from lethe_mini.cache import KVCache
+from lethe_mini.cache import KVCache, Notes
 from lethe_mini.errors import UserError
-from lethe_mini.policies import H2O, POLICIES, RKV, TOVA, PyramidKV, SnapKV, redundancy
-from lethe_mini.policy import Lethe, Pruner, choose, find_breakpoint, hoyer, rank, repeats
+from lethe_mini.options import split_budget
+from lethe_mini.policies import H2O, POLICIES, RKV, TOVA, LethePlus, PyramidKV, SnapKV
+from lethe_mini.policies.lethe_plus import repeats
+from lethe_mini.policies.pyramidkv import pyramid
+from lethe_mini.policies.rkv import redundancy
+from lethe_mini.policy import Lethe, Pruner, choose, find_breakpoint, hoyer, rank
 from lethe_mini.rope import rope_cos_sin, rotate
 
 PRUNERS = [policy for policy in POLICIES.values() if issubclass(policy, Pruner)]
@@ -35,11 +38,13 @@ seeds = st.integers(0, 2**32)
 WEIGHTS = st.floats(1e-3, 1e3) | st.just(0.0) | st.sampled_from([1.0, 2.0])
 
 
-def cache_of(layers=1, batch=1, heads=3, width=4, group=2, **kwargs):
+def cache_of(layers=1, batch=1, heads=3, width=4, group=2, dtype=None, notes=None, **noted):
+    """noted: what the cache notes, as in Notes; or give these themselves."""
     sizes = {"num_attention_heads": heads * group, "num_key_value_heads": heads}
     sizes |= {"num_hidden_layers": layers, "head_dim": width}
     sizes |= {"rope_type": "default", "rope_theta": 10000.0, "rope_scaling": {}}
-    return KVCache(SimpleNamespace(**sizes), batch=batch, **kwargs)
+    notes = notes or Notes(**noted)
+    return KVCache(SimpleNamespace(**sizes), batch=batch, dtype=dtype, notes=notes)
 
 
 def feed(cache, T, group=2):
@@ -49,7 +54,9 @@ def feed(cache, T, group=2):
         B, heads, _, width = layer.store["keys"].shape
         noise = torch.randn(3, B, heads * group, T, width)
         tiny.put(layer, noise[0, :, :heads], noise[1, :, :heads], positions)
-        mass = torch.rand(B, heads, layer.length) ** 6 * layer.valid() if layer.scored else None
+        mass = (
+            torch.rand(B, heads, layer.length) ** 6 * layer.valid() if layer.notes.scored else None
+        )
         tiny.observe(layer, noise[2], mass)
     cache.seen = [seen + T for seen in cache.seen]
     return cache
@@ -109,19 +116,19 @@ def test_hoyer_of_a_ragged_batch_is_that_of_each_alone(rows):
     st.sampled_from([1.0, 1.25, 2.0, 4.0, 400.0]),
     st.sampled_from(["global", "segment", "none"]),
 )
-def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, knee):
+def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, kind):
     """Both readings of Algorithm 1; ties, zeros and short curves."""
     ranked = sorted(scores, reverse=True)
-    found = find_breakpoint(torch.tensor(ranked), segments, tau, knee)
-    assert found == oracles.breakpoint(ranked, segments, tau, knee)
+    found = find_breakpoint(torch.tensor(ranked), segments, tau, kind)
+    assert found == oracles.breakpoint(ranked, segments, tau, kind)
     assert found is None or 0 < found < len(ranked)
 
 
 @given(st.integers(1, 100), st.integers(2, 20), st.sampled_from(["global", "segment"]))
-def test_flat_curves_have_no_breakpoint(n, segments, knee):
+def test_flat_curves_have_no_breakpoint(n, segments, kind):
     """Spread-out attention: nothing stands out, nothing is dropped."""
     for value in (0.0, 3.0):
-        assert find_breakpoint(torch.full((n,), value), segments, 2.0, knee) is None
+        assert find_breakpoint(torch.full((n,), value), segments, 2.0, kind) is None
 
 
 # -- budgets -------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ def test_weights_that_are_all_zero_divide_evenly(division):
 @given(st.integers(1, 128), st.floats(1, 100))
 def test_a_pyramid_falls_linearly_and_has_mean_1(layers, beta):
     """Equal steps from the first layer to the last, which has 1 / beta of the mean."""
-    weights = pyramid(layers, beta)
+    weights = pyramid(layers, beta).tolist()
     if layers > 1:
         steps = [a - b for a, b in pairwise(weights)]
         assert steps == pytest.approx([steps[0]] * (layers - 1), abs=1e-9)
@@ -208,13 +215,18 @@ def test_every_allocation_gives_out_the_whole_budget(name, layers, spare, held, 
     if name == "pyramidkv":
         policy = PyramidKV(budget=budget, sinks=2, window=3)
     else:
-        policy = Lethe(budget=budget, sinks=2, allocation=name)
-    shares = policy.shares(cache)
+        policy = LethePlus(budget=budget, sinks=2, allocation=name)
+    sparsity = policy.sparsity(cache) if policy.scored else None
+    shares = policy.shares(cache, [0, 1], sparsity)
     floor = min(held, policy.sinks + policy.min_recent)
     for row in range(2):
         mine = [share[row] for share in shares]
         assert sum(mine) == min(budget, held) * layers
         assert all(floor <= share <= held for share in mine)
+
+
+def weights_of(policy, cache):
+    return policy.weights(cache, policy.sparsity(cache))
 
 
 @pytest.mark.parametrize("name", ["hoyer", "inverse_hoyer"])
@@ -225,7 +237,7 @@ def test_an_even_share_is_every_layers_and_the_rest_is_hoyers(name, even, seed):
     torch.manual_seed(seed)
     cache = feed(cache_of(layers=5, batch=2, scored=True), 30)
     ours, papers, alike = (
-        torch.tensor(Lethe(budget=9, allocation=name, even_share=part).weights(cache))
+        weights_of(LethePlus(budget=9, allocation=name, even_share=part), cache)
         for part in (even, 0.0, 1.0)
     )
     mean = papers.mean(1, keepdim=True)  # "papers" but for the cap
@@ -242,7 +254,7 @@ def test_no_layer_counts_more_than_the_cap_of_the_median_one(name, cap, layers, 
     torch.manual_seed(seed)
     cache = feed(cache_of(layers=layers, batch=2, scored=True), 30)
     free, ours = (
-        Lethe(budget=9, allocation=name, even_share=0.0, cap=limit).weights(cache)
+        weights_of(LethePlus(budget=9, allocation=name, even_share=0.0, cap=limit), cache).tolist()
         for limit in (0.0, cap)
     )
     for before, after in zip(free, ours, strict=True):
@@ -319,8 +331,8 @@ def test_products_of_rounds_come_in_few_shapes():
                 shapes.add(tuple(tuple(x.shape) for x in args))
             return function(*args, **(kwargs or {}))
 
-    policy = Lethe(budget=8, interval=1)
-    cache = cache_of(batch=2, **policy.notes())
+    policy = LethePlus(budget=8, interval=1)
+    cache = cache_of(batch=2, notes=policy.notes())
     for n in range(1, 500, 7):
         feed(cache, 7 if n > 1 else 1)
         with Products():
@@ -344,7 +356,7 @@ def test_a_repeated_token_makes_room_for_one_that_nothing_repeats():
         twin = copy.deepcopy(cache)
         for one in twin.layers:
             one.store["scores"] = torch.zeros(1, 1, one.capacity)
-        Lethe(distinct_ratio=ratio, **options).round(twin, [True])
+        LethePlus(distinct_ratio=ratio, **options).round(twin, [True])
         assert set(twin.layers[0].positions[0, 0].tolist()) == {0, 11, 12, 13} | kept
 
 
@@ -356,34 +368,18 @@ def kept_sets(policy, seed, held):
     return [set(row) for row in cache.layers[0].positions[0].tolist()]
 
 
-@pytest.mark.parametrize(
-    ("budget", "means"),
-    [
-        (None, {"granularity": "layer", "knee": "global"}),
-        (17, {"granularity": "head", "knee": "none"}),
-    ],
-)
-@FEW
-@given(held=st.integers(24, 60), seed=seeds)
-def test_auto_is_the_papers_choice_alone_and_per_head_with_a_budget(budget, means, held, seed):
-    """What the two `auto` of Lethe stand for."""
-    auto, told = (Lethe(budget=budget, evict_threshold=20, tau=3.0, **more) for more in ({}, means))
-    kept = kept_sets(auto, seed, held)
-    assert kept == kept_sets(told, seed, held)
-    assert auto.per_head == (means["granularity"] == "head")
+NESTED = [(policy, "none") for policy in PRUNERS]
+NESTED += [(policy, kind) for policy in (Lethe, LethePlus) for kind in ("global", "segment")]
 
 
-NESTED = [(policy, "none") for policy in PRUNERS] + [(Lethe, "global"), (Lethe, "segment")]
-
-
-@pytest.mark.parametrize(("policy", "knee"), NESTED, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(("policy", "kind"), NESTED, ids=lambda x: getattr(x, "name", x))
 @FEW
 @given(held=st.integers(12, 60), ratio=st.floats(0, 1), seed=seeds)
-def test_a_larger_budget_keeps_all_that_a_smaller_one_kept(policy, knee, held, ratio, seed):
+def test_a_larger_budget_keeps_all_that_a_smaller_one_kept(policy, kind, held, ratio, seed):
     """Nested sets, for the same scores: no token is lost because there is more room."""
-    more = {"knee": knee, "tau": 4.0} if policy is Lethe else {}
-    if knee != "none":  # heads in which less stands out are filled up to the one with most
-        more["granularity"] = "layer"
+    more = {"breakpoint": kind, "tau": 4.0} if issubclass(policy, Lethe) else {}
+    if kind != "none" and policy is LethePlus:
+        more["per_head"] = False  # heads in which less stands out are filled up to the fullest
     more |= {"window": 5} if issubclass(policy, SnapKV) else {}
     smaller = [set()] * 3
     for budget in range(8, held + 2):
@@ -391,7 +387,7 @@ def test_a_larger_budget_keeps_all_that_a_smaller_one_kept(policy, knee, held, r
         kept = kept_sets(one, seed, held)
         assert all(a <= b for a, b in zip(smaller, kept, strict=True))
         smaller = kept
-    if knee == "none":
+    if kind == "none":
         assert smaller == [set(range(held))] * 3
 
 
@@ -399,7 +395,7 @@ def test_protection_is_by_position_however_few_tokens_are_left():
     """A prompt that another policy has thinned: what is left of it stays, though it is short."""
     cache = feed(cache_of(scored=True), 9)
     cache.prompt, layer = [9], cache.layers[0]
-    layer.keep(torch.tensor([[[3, 4, 6, 8]] * 3]), [4])
+    layer.evict([0], [torch.tensor([[3, 4, 6, 8]])])
     layer.scores.copy_(torch.tensor([8.0, 1, 1, 1]))
     Lethe(budget=2, tau=1.5).round(cache, [True])
     assert layer.positions.tolist() == [[[3, 4, 6, 8]] * 3]
@@ -412,7 +408,7 @@ def test_a_policy_may_follow_another_that_protected_less():
     H2O(budget=20, protect_prompt=False).round(cache, [True])
     layer = cache.layers[0]
     sinks = [[p for p in head if p < 4] for head in layer.positions[0].tolist()]
-    Lethe(budget=10, knee="none", protect_prompt=False).round(cache, [True])
+    LethePlus(budget=10, protect_prompt=False).round(cache, [True])
     assert layer.lengths == [10]
     assert len({len(held) for held in sinks}) > 1
     for head, held in zip(layer.positions[0].tolist(), sinks, strict=True):
@@ -435,7 +431,7 @@ def test_rasr_is_the_decayed_sum_of_what_each_token_received(steps, gamma):
         layer = cache.layers[0]
         tiny.put(layer, torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), torch.arange(3)[None])
         for mass in steps:
-            cache.decay(gamma)
+            Lethe(gamma=gamma).decay(cache)
             tiny.observe(layer, None, torch.tensor([[mass]]))
         return layer.scores[0, 0].tolist()
 
@@ -463,12 +459,12 @@ def test_the_mass_of_a_step_adds_up_to_the_queries(B, kv_heads, group, T, seed):
 @pytest.mark.parametrize("gamma", [1.0, 0.98, 0.0])
 def test_scores_outlast_a_narrow_cache(dtype, gamma):
     """32,000 steps in a half-precision cache: scores are float32, finite, and still exact."""
-    cache = cache_of(batch=2, dtype=dtype, scored=True)
+    cache, policy = cache_of(batch=2, dtype=dtype, scored=True), Lethe(gamma=gamma)
     layer = cache.layers[0]
     tiny.put(layer, *torch.ones(2, 2, 3, 5, 4, dtype=dtype), torch.arange(5).expand(2, 5))
     mass = torch.tensor([6.0, 0, 1, 2, 2**-14]).expand(2, 3, 5)
     for _ in range(32_000):
-        cache.decay(gamma)
+        policy.decay(cache)
         tiny.observe(layer, None, mass)
     assert layer.keys.dtype == dtype
     assert layer.scores.dtype == torch.float32
@@ -494,7 +490,7 @@ def test_importance_is_that_of_the_oracle(policy, prompts, seed):
     feed(cache, 1)
     layer = cache.layers[0]
     seen = [[range(max(0, n + 1 - 5), n + 1)] for n in prompts]
-    importance = policy.importance(layer, cache)
+    importance = policy.importance(layer, cache).expand(-1, 3, -1)
     for row, n in enumerate(prompts):
         times = list(seen[row][0])
         keys = layer.keys[row, :, : n + 1].tolist()
@@ -533,22 +529,27 @@ def bad_values():
     """(policy, parameter, value) for every parameter of every policy and each way to miss it."""
     for policy in PRUNERS:
         for spec in dataclasses.fields(policy):
-            low, high = spec.metadata["low"], spec.metadata["high"]
-            values = ["no", [3]]
-            if spec.default is not None:
-                values += [None]
-            if low is not None:
-                values += [low - 1, low - 1000, math.nan, math.inf, -math.inf]
-            if high is not None:
-                values += [high + 1, high + 0.25]
-            if spec.type not in (float, bool, str):
-                values += [float(low) + 0.5, float(low) + 1, True]
-            if spec.type in (bool, str):
-                values += [0, 1.0]
-            for value in values:
+            for value in misses(spec):
                 yield pytest.param(
                     policy, spec.name, value, id=f"{policy.name}-{spec.name}-{value}"
                 )
+
+
+def misses(spec):
+    """Values that this parameter cannot have."""
+    values, low, high = ["no", [3]], spec.metadata["low"], spec.metadata["high"]
+    if spec.name == "budget":
+        return [*values, True, 0, -5, 0.0, -0.1, 1.5, math.nan, math.inf, -math.inf]
+    values += [None]
+    if low is not None:
+        values += [low - 1, low - 1000, math.nan, math.inf, -math.inf]
+    if high is not None:
+        values += [high + 1, high + 0.25]
+    if spec.type not in (float, bool, str):
+        values += [float(low) + 0.5, float(low) + 1, True]
+    if spec.type in (bool, str):
+        values += [0, 1.0]
+    return values
 
 
 @pytest.mark.parametrize(("policy", "name", "value"), list(bad_values()))
@@ -572,17 +573,27 @@ def test_the_ends_of_every_range_are_allowed(policy):
             assert getattr(policy(**changes), spec.name) == value
 
 
-@pytest.mark.parametrize("allocation", ["inverse_hoyer", "uniform", "pyramid"])
+@pytest.mark.parametrize("allocation", ["inverse_hoyer", "uniform"])
 def test_an_allocation_without_a_budget_is_refused(allocation):
     """There is nothing to divide."""
-    with pytest.raises(UserError, match=r"^allocation .*--budget\)$"):
-        Lethe(allocation=allocation)
+    with pytest.raises(UserError, match=rf"^allocation {allocation} needs a budget; .*--budget\)$"):
+        Lethe(budget=None, allocation=allocation)
 
 
-def test_lethe_with_neither_budget_nor_knee_is_refused():
+def test_lethe_with_neither_budget_nor_breakpoint_is_refused():
     """It would be the full cache by another name."""
-    with pytest.raises(UserError, match=r"^knee none needs a budget"):
-        Lethe(knee="none")
+    with pytest.raises(UserError, match=r"^breakpoint none needs a budget"):
+        Lethe(budget=None, breakpoint="none")
+
+
+@pytest.mark.parametrize("policy", PRUNERS, ids=lambda policy: policy.name)
+def test_only_algorithm_1_goes_without_a_budget(policy):
+    """For any other policy a budget alone says how much to keep."""
+    if policy is Lethe:
+        assert policy(budget=None).budget is None
+        return
+    with pytest.raises(UserError, match=rf"^{policy.__name__} needs a budget: .* such as 0.25$"):
+        policy(budget=None)
 
 
 @pytest.mark.parametrize("kernel", [2, 4, 64])
@@ -602,29 +613,35 @@ def test_a_budget_without_room_is_refused_before_anything_is_computed(policy, pr
         budget = max(1, floor + short)
         one = policy(budget=budget, sinks=sinks, protect_prompt=protect, **more)
         if budget >= floor:
-            one.check(prompt)
+            one.check_prompt(prompt)
             continue
         with pytest.raises(
             UserError, match=f"^budget {budget} is too small .*: {floor} tokens"
         ) as e:
-            one.check(prompt)
+            one.check_prompt(prompt)
         assert "\n" not in str(e.value)
 
 
-def test_paper_is_every_parameter_as_published():
-    """`paper` sets what the paper says, and takes changes on top."""
-    paper = Lethe.paper(budget=64)
-    assert (paper.tau, paper.recent_ratio, paper.knee) == (400, 0.3, "global")
-    assert (paper.granularity, paper.allocation) == ("layer", "hoyer")
-    assert not paper.protect_prompt
-    assert (paper.even_share, paper.cap, paper.lag) == (0, 0, 0)
-    assert not paper.value_norm
-    assert paper.budget == 64
-    assert Lethe.paper(protect_prompt=True).protect_prompt
+def test_lethes_defaults_are_the_papers():
+    """All that the paper gives a number or a name; a prompt is protected, as for every policy."""
+    paper = Lethe()
+    assert (paper.tau, paper.recent_ratio, paper.breakpoint) == (400, 0.3, "global")
+    assert (paper.allocation, paper.budget, paper.protect_prompt) == ("hoyer", 0.25, True)
 
 
-def test_a_lag_goes_with_a_budget():
-    """Without one a breakpoint decides, and what no query could count for would always be one."""
-    assert Lethe(budget=64).notes()["lag"] == Lethe(budget=64).lag > 0
-    assert Lethe().notes()["lag"] == Lethe(lag=5).notes()["lag"] == 0
-    assert Lethe.paper(budget=64).notes()["lag"] == H2O(budget=64).notes()["lag"] == 0
+@pytest.mark.parametrize("policy", PRUNERS, ids=lambda policy: policy.name)
+def test_every_pruner_has_the_same_default_budget_and_protection(policy):
+    """So that a comparison of defaults differs in the choice alone."""
+    mine = policy()
+    assert (mine.budget, mine.protect_prompt, mine.evict_threshold) == (0.25, True, 512)
+
+
+def test_only_lethe_plus_asks_the_cache_for_a_lag():
+    assert LethePlus().notes().lag == LethePlus().lag > 0
+    assert Lethe().notes() == H2O().notes() == Notes(scored=True)
+
+
+def test_a_policy_without_importance_is_refused():
+    """The protocol's one method that has no default."""
+    with pytest.raises(UserError, match=r"^Mine should define importance\(layer, cache\)$"):
+        type("Mine", (Pruner,), {})()

@@ -1,0 +1,117 @@
+"""Runs of a small random model whose attention has preferences, token by token and by the engine.
+
+L = 3, H = 6, H_kv = 2, D = 10.
+"""
+
+import dataclasses
+import math
+
+import torch
+from noise import held_positions, new_cache
+
+from lethe_mini.checkpoint.config import parse_config
+from lethe_mini.engine import Engine
+from lethe_mini.model import Transformer
+
+VOCAB = 53
+SIZES = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 42,
+    "intermediate_size": 38,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 128,
+}
+
+
+def new_model(dtype=torch.float32, **changes):
+    """Random weights, queries and keys large enough for peaked attention."""
+    torch.manual_seed(7)
+    model = Transformer(parse_config(SIZES | changes)).eval()
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            scale = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+            torch.nn.init.normal_(weight, std=scale * weight.shape[-1] ** -0.5)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.15)
+    model.init_rope("cpu")
+    return model.to(dtype)
+
+
+def some_tokens(count, seed):
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run(model, policy, tokens, prompt, compact=False):
+    """Reads the prompt, then token by token, with rounds where they are due.
+
+    Returns the cache, the logits of every step, and what each query may look at: [layer][head][t],
+    the positions held when token t came, its own included.
+    """
+    cache = new_cache(policy, prompt, compact)
+    looks = [[[list(range(t + 1)) for t in range(prompt)] for _ in range(2)] for _ in range(3)]
+    logits = [model(torch.tensor([tokens[:prompt]]), cache=cache)[0, -1]]
+    policy.round(cache, policy.due(cache, prefilled=True))
+    for t in range(prompt, len(tokens)):
+        for layer, held in zip(looks, held_positions(cache), strict=True):
+            for head, positions in zip(layer, held[0], strict=True):
+                head.append([*positions, t])
+        policy.decay(cache)
+        logits.append(model(torch.tensor([[tokens[t]]]), cache=cache)[0, -1])
+        due = policy.due(cache)
+        if any(due):
+            policy.round(cache, due)
+    return cache, torch.stack(logits), looks
+
+
+def turned(x, angles, inv_freq):
+    """RoPE by complex numbers in float64: x (..., D), a position or slot for each leading index."""
+    a, b = x.double().chunk(2, dim=-1)
+    turn = torch.tensor(angles, dtype=torch.float64)[..., None] * inv_freq.double()
+    z = torch.complex(a, b) * torch.polar(torch.ones_like(turn), turn)
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+def full_pass(model, tokens, looks, compact=False):
+    """All logits at once, without a cache: each query of each head looks at its own positions.
+
+    In compact mode a key's angle is its rank among what the query looks at.
+    """
+    T = len(tokens)
+    x = model.embed_tokens(torch.tensor(tokens))
+    for layer, block in enumerate(model.layers):
+        attn, y = block.self_attn, block.input_layernorm(x)
+        q = attn.q_proj(y).view(T, 6, 10)
+        k, v = (proj(y).view(T, 2, 10) for proj in (attn.k_proj, attn.v_proj))
+        out = torch.zeros(T, 6, 10)
+        for t in range(T):
+            for group in range(2):
+                held = looks[layer][group][t]
+                angles = list(range(len(held))) if compact else held
+                keys = turned(k[held, group], angles, model.inv_freq)
+                queries = turned(q[t, 3 * group : 3 * group + 3], [angles[-1]], model.inv_freq)
+                weights = (queries @ keys.T / math.sqrt(10)).softmax(dim=-1)
+                out[t, 3 * group : 3 * group + 3] = (weights @ v[held, group].double()).float()
+        x = x + attn.o_proj(out.view(T, 60))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return model.lm_head(model.norm(x))
+
+
+def generate(model, prompts, policy, max_new_tokens=33, text=None, **kwargs):
+    """Token ids, what was held ({(prompt length, seen): positions by layer}), and the result."""
+    held = {}
+
+    class Spy(type(policy)):
+        def round(self, cache, due):
+            done = super().round(cache, due)
+            after = held_positions(cache)
+            for row, key in enumerate(zip(cache.prompt, cache.seen, strict=True)):
+                held[key] = [layer[row] for layer in after]
+            return done
+
+    values = {spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)}
+    engine = Engine(model, text)
+    result = engine.generate(prompts, Spy(**values), max_new_tokens=max_new_tokens, **kwargs)
+    return [one.token_ids for one in result.sequences], held, result
