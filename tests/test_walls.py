@@ -27,7 +27,7 @@ ROOMS = {  # room or module: what it may import of the package, beside itself
     "checkpoint": ["config", "model", "errors"],
     "generation": ["cache", "errors"],
     "reasoner": [],
-    "lens": ["errors", "jsonlines"],
+    "lens": ["errors"],
     "app": ["*"],
     "": ["*"],  # lethe_mini/__init__.py
 }
