@@ -39,22 +39,21 @@ def run(argv: list[str] | None) -> int:
     prompts = gather_prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     _check(args)
-    own = None
+    own, told = None, ""
     if not prompts and not args.interactive and args.model in (None, "reasoner"):
         own = puzzle(args.seed)
-        prompts = [Prompt(1, own.prompt)]
-    model = args.model or ("demo" if own is None else "reasoner")
+        prompts, told = [Prompt(1, own.prompt)], f"{TASK}\n{own.prompt}"
+    model = args.model
+    if model is None:
+        model = "demo" if own is None else "reasoner"
     with saying(f"loading {model}", args.quiet):
         engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
     with _threads(args.threads, engine):
         if args.interactive:
             return _chat(args, engine, policy, sampling)
         if not prompts:
-            prompts = [Prompt(1, PROMPT)]
-            say(f"prompt: {PROMPT}", args.quiet)
-        if own is not None:
-            say(f"{TASK}\n{own.prompt}", args.quiet)
-        result = _write(args, engine, policy, sampling, prompts, _most(args, engine, own))
+            prompts, told = [Prompt(1, PROMPT)], f"prompt: {PROMPT}"
+        result = _write(args, engine, policy, sampling, prompts, told, _most(args, engine, own))
     if result is None:
         say(f"{args.output} is complete")
         return 0
@@ -143,10 +142,11 @@ def _write(
     policy: Policy,
     sampling: Sampling,
     prompts: list[Prompt],
+    told: str,
     most: int,
 ) -> Result | None:
     """Writes what is asked for: to --output, or to the screen with --trace and --lens. None: the
-    file of --output has it all."""
+    file of --output has it all. told: a prompt that was chosen here, shown before the text."""
     options = {"num_samples": args.num_samples, "batch_size": args.batch_size, "raw": args.raw}
     options |= _options(args)
     doing = "compiling; this takes about half a minute" if args.compile else "reading the prompt"
@@ -156,7 +156,12 @@ def _write(
         )
     trace = Trace() if args.trace or args.lens else None
     with saying(doing, args.quiet) as begun:
-        screen = Screen(engine, prompts, args.num_samples, on_first=begun)
+
+        def on_first() -> None:
+            begun()
+            say(told, args.quiet or not told)
+
+        screen = Screen(engine, prompts, args.num_samples, on_first)
         result = engine.generate(
             [prompt.text for prompt in prompts],
             policy,

@@ -24,7 +24,7 @@ DEFAULT = "(default: %(default)s)"
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message.replace('argument --budget: --', '--')} (see --help)")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policy]:
@@ -143,18 +143,17 @@ def _defaults(owners: dict, show) -> str:
 
 
 def parse_budget(word: str) -> Budget:
-    """25% is a share, 512 a number of tokens, none is Algorithm 1 alone. Raises UserError."""
+    """25% is a share, 512 a number of tokens, none is Algorithm 1 alone."""
     if word == "none":
         return None
-    share = word.endswith("%")
     try:
-        budget = float(word[:-1]) / 100 if share else int(word)
-    except ValueError:
-        raise UserError(
-            "--budget should be a number of tokens such as 512, a share such as 25%, or none, "
-            f"not {word!r}"
+        budget = float(word[:-1]) / 100 if word.endswith("%") else int(word)
+        check_budget(budget)
+    except ValueError:  # a UserError is one, too
+        raise argparse.ArgumentTypeError(
+            "--budget should be a number of tokens such as 512, a share of the text such as 25%, "
+            f"up to 100%, or none, not {word!r}"
         ) from None
-    check_budget(budget)
     return budget
 
 

@@ -48,10 +48,12 @@ class Screen:
         ]
         self.left = set(range(len(self.names)))
         self.stream = engine.text.stream() if len(self.names) == 1 else None
-        self.on_first = on_first
+        self.on_first, self.waits = on_first, True
 
     def on_token(self, index: int, token: int) -> None:
-        self.on_first()
+        if self.waits:
+            self.on_first()
+            self.waits = False
         if self.stream is not None:
             print(self.stream.push(token), end="", flush=True)
 
@@ -98,9 +100,10 @@ def _rounds(result: Result, policy: Policy) -> str:
     if not isinstance(policy, Pruner):
         return f"{name}: {stats.kv_tokens_mean:.0f} tokens held per layer on average"
     name += f", budget {show_budget(policy.budget)}"
+    rounds = "1 round" if stats.rounds == 1 else f"{stats.rounds} rounds"
     if stats.evicted_tokens:
         return (
-            f"{name}: {stats.rounds} rounds, {stats.evicted_tokens} evicted over all layers; "
+            f"{name}: {rounds}, {stats.evicted_tokens} tokens evicted over all layers; "
             f"{stats.kv_tokens_mean:.0f} tokens held per layer on average, with those written "
             "between rounds"
         )

@@ -41,8 +41,9 @@ def find_policy(name: str) -> type[Policy]:
         raise UserError(
             f"no policy {name!r}; there are {', '.join(POLICIES)}, or path/to/file.py:Class"
         )
-    file = Path(path).resolve()
-    module = _load(file)
+    if not Path(path).is_file():
+        raise UserError(f"no policy {name!r}: there is no file {path}")
+    module = _load(Path(path).resolve())
     found = getattr(module, kind, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise UserError(

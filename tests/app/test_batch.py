@@ -28,8 +28,9 @@ from lethe_mini.app.cli import main
 from lethe_mini.cache import BLOCK, blocks
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
+from lethe_mini.generation.sampling import Sampling
 from lethe_mini.generation.stats import allocated
-from lethe_mini.policies import POLICIES
+from lethe_mini.policies import POLICIES, LethePlus
 from lethe_mini.policy import FullKV, Lethe, Pruner
 
 LENGTHS = [1, 300, 2, 97, 151, 23, 64, 211]  # of the prompts in a batch of 8
@@ -48,7 +49,8 @@ CASES = {name: make(policy) for name, policy in POLICIES.items()}
 CASES |= {
     "lethe-protected": make(Lethe, budget=310, protect_prompt=True),
     "lethe-alone": make(Lethe, budget=None, evict_threshold=31, tau=5.0),
-    "lethe-head": make(Lethe, granularity="head", value_norm=True, tau=20.0),
+    "lethe-share": make(Lethe, budget=0.3, evict_threshold=31),
+    "lethe-plus-norm": make(LethePlus, value_norm=True, breakpoint="global", tau=20.0),
 }
 
 
@@ -260,7 +262,7 @@ class Counted:
         return self.model(tokens, *args, last_only=last_only, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["full", "lethe", "lethe-head", "rkv", "random"])
+@pytest.mark.parametrize("name", ["full", "lethe", "lethe-plus-norm", "rkv", "random"])
 def test_samples_share_one_prefill_and_do_not_depend_on_their_number(engine, name):
     """Sample i is the same among 1, 2, 5 or 8; one prefill serves all; different samples differ."""
     prompt, options = ids(77, 6), {"temperature": 1.0, "seed": 11}
@@ -410,7 +412,11 @@ OPTIONS = {
 
 
 def batch(engine, output, prompts=PROMPTS, policy=POLICY, **changes):
-    return run_batch(engine, prompts, policy, output, **{**OPTIONS, **changes})
+    options = {**OPTIONS, **changes}
+    draws = {spec.name for spec in dataclasses.fields(Sampling)}
+    sampling = Sampling(**{name: value for name, value in options.items() if name in draws})
+    options = {name: value for name, value in options.items() if name not in draws}
+    return run_batch(engine, prompts, policy, output, sampling=sampling, **options)
 
 
 def lines_of(path):

@@ -24,7 +24,7 @@ from lethe_mini.app.cli import main
 from lethe_mini.cache import LayerCache
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
-from lethe_mini.policies import POLICIES
+from lethe_mini.policies import POLICIES, LethePlus
 from lethe_mini.policy import FullKV, Lethe
 
 END_ID, OTHER_END = 257, 70
@@ -50,7 +50,7 @@ def make(policy, **changes):
 CASES = {name: make(policy) for name, policy in POLICIES.items()}
 CASES |= {
     "lethe-alone": make(Lethe, budget=None, evict_threshold=31, tau=5.0),
-    "lethe-head": make(Lethe, granularity="head", value_norm=True, tau=20.0),
+    "lethe-plus-norm": make(LethePlus, value_norm=True, breakpoint="global", tau=20.0),
 }
 
 
@@ -120,8 +120,7 @@ def token_by_token(engine, policy, parts, limits, positions, prompt):
 
     for part, limit in zip(parts, limits, strict=True):
         reply = []
-        if policy.gamma is not None:
-            cache.decay(policy.gamma)  # what is said is one update, as a prompt is
+        policy.decay(cache)  # what is said is one update, as a prompt is
         for token in part:
             logits = read(token)
         round_if_due(prefilled=True)
@@ -129,8 +128,7 @@ def token_by_token(engine, policy, parts, limits, positions, prompt):
             reply.append(int(logits.argmax()))
             if reply[-1] in engine.text.eos_ids or len(reply) == limit:
                 break
-            if policy.gamma is not None:
-                cache.decay(policy.gamma)
+            policy.decay(cache)
             logits = read(reply[-1])
             round_if_due(prefilled=False)
         replies.append(reply)

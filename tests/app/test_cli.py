@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lethe_mini.app import cli
+from lethe_mini.app.screen import Screen
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.engine import Engine
+from lethe_mini.generation.sampling import Sampling
 from lethe_mini.model import Transformer
-from lethe_mini.policies import POLICIES
+from lethe_mini.options import show_budget
+from lethe_mini.policies import POLICIES, Lethe, LethePlus
 
 ROOT = Path(__file__).parents[2]
 EOS = 256
@@ -142,15 +145,15 @@ def test_text_goes_to_output_once_and_the_report_to_error(run, model):
     assert "43 tokens" in err
     assert "tokens/s" in err
     assert "KV memory" in err
-    assert "rounds" in err
+    assert "policy full" in err
     assert run(*arguments, "--quiet") == (0, out, "")
 
 
 def test_output_streams(model, capfd, monkeypatch):
     """Each letter is there as soon as its token is made, not at the end."""
-    seen, push = [], cli._Screen.on_token
+    seen, push = [], Screen.on_token
     monkeypatch.setattr(
-        cli._Screen,
+        Screen,
         "on_token",
         lambda self, *args: (push(self, *args), seen.append(capfd.readouterr().out)),
     )
@@ -205,18 +208,55 @@ def test_every_policy_writes_all_statistics(run, model, tmp_path, policy):
     assert (stats["rounds"] > 0) == (stats["kv_reduction"] > 0) == (policy != "full")
 
 
-def test_lethe_and_paper_are_short_for_the_policy(run, model, tmp_path):
-    """--lethe is --policy lethe; --paper gives up what the paper does not have."""
-    told = []
-    for i, words in enumerate((["--lethe"], ["--policy", "lethe"], ["--paper"])):
-        path = tmp_path / f"{i}.json"
-        code, *_ = run("--model", model, "--max-new-tokens", 2, "--prompt", "a", "--stats", path,
-                       *words)  # fmt: skip
-        assert code == 0
-        told.append(json.loads(path.read_text())["policy"])
-    assert told[0] == told[1]
-    ours = {"protect_prompt", "even_share", "cap", "lag", "knee", "granularity", "distinct_ratio"}
-    assert {k for k in told[0] if told[0][k] != told[2][k]} == ours
+@pytest.fixture
+def policy_of(run, model, tmp_path):
+    """The policy that statistics name, after a short run with these options."""
+
+    def call(*options):
+        path = tmp_path / "stats.json"
+        code, _, err = run("--model", model, "--max-new-tokens", 2, "--prompt", "a", "--stats",
+                           path, *options)  # fmt: skip
+        assert code == 0, err
+        return json.loads(path.read_text())["policy"]
+
+    return call
+
+
+def test_lethe_and_lethe_plus_are_short_for_the_policy(policy_of):
+    """--lethe is the paper's policy, with its defaults; --lethe-plus is ours, which has more."""
+    lethe, plus = policy_of("--lethe"), policy_of("--lethe-plus")
+    assert lethe == policy_of("--policy", "lethe") == policy_of("--policy", "lethe", "--lethe")
+    assert lethe == {"name": "lethe", **asdict(Lethe())}
+    assert (
+        plus == policy_of("--policy", "lethe-plus") == {"name": "lethe-plus", **asdict(LethePlus())}
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "budget"),
+    [("512", 512), ("25%", 0.25), ("7.5%", 0.075), ("100%", 1.0), ("none", None)],
+)
+def test_a_budget_is_a_number_a_share_or_none(policy_of, word, budget):
+    """As the policy has it; a share is written in percent."""
+    found = policy_of("--lethe", "--budget", word)["budget"]
+    assert (type(found), found) == (type(budget), budget)
+
+
+def test_a_policy_of_the_users_own_brings_its_options(policy_of, capsys):
+    """By name, beside those that all policies share; --help shows them."""
+    own = f"{ROOT / 'examples/own_policy.py'}:KeyNorm"
+    assert policy_of("--policy", own)["largest"] is False
+    mine = policy_of("--policy", own, "--largest", "--sinks", 3, "--budget", 64)
+    assert (mine["name"], mine["largest"], mine["sinks"], mine["budget"]) == (
+        "key-norm",
+        True,
+        3,
+        64,
+    )
+    for options, there in ((["--policy", own], True), ([], False)):
+        with pytest.raises(SystemExit):
+            cli.main([*options, "--help"])
+        assert ("--largest" in capsys.readouterr().out) == there
 
 
 def test_help_tells_every_option_and_its_default(capsys, monkeypatch):
@@ -232,16 +272,18 @@ def test_help_tells_every_option_and_its_default(capsys, monkeypatch):
     for policy in POLICIES.values():
         for spec in fields(policy):
             line = lines[spec.name].partition("default: ")[2]
-            assert re.search(rf"(?<![\w.]){re.escape(str(spec.default))}(?![\w.])", line), spec
+            shown = show_budget(spec.default) if spec.name == "budget" else str(spec.default)
+            assert re.search(rf"(?<![\w.]){re.escape(shown)}(?![\w.])", line), spec
     defaults = {**inspect.signature(Engine.generate).parameters}
     defaults |= inspect.signature(Engine.from_pretrained).parameters
+    defaults |= inspect.signature(Sampling).parameters
     shown = {name for name in lines if name in defaults and defaults[name].default is not None}
     assert {"temperature", "top_k", "top_p", "seed", "max_new_tokens", "device", "dtype"} <= shown
     switches = {"raw", "ignore_eos", "compile"}  # off unless they are there
     for name in shown - switches - {"model"}:
-        assert f"(default: {defaults[name].default})" in lines[name]
+        assert re.search(rf"\(default: {defaults[name].default}[;)]", lines[name])
     assert {"model", "prompt", "prompt_file", "raw", "system", "stats", "quiet", "lethe", "policy",
-            "paper"} <= set(lines)  # fmt: skip
+            "lethe_plus", "threads"} <= set(lines)  # fmt: skip
 
 
 def test_the_installed_command_is_the_same_function():
@@ -277,9 +319,17 @@ def test_the_script_runs(model):
         (["--lethe", "--budget", 4, "--no-protect-prompt"], "budget 4 is too small"),
         (["--lethe", "--budget", 9, "--sinks", 9, "--no-protect-prompt"], "budget 9 is too small"),
         (["--policy", "snapkv", "--budget", 60, "--no-protect-prompt"], "budget 60 is too small"),
-        (["--lethe", "--budget", 0], "budget should be at least 1, not 0"),
-        (["--lethe", "--budget", "many"], "--budget"),
-        (["--lethe", "--budget", 1.5], "--budget"),
+        *(
+            (
+                ["--lethe", "--budget", word],
+                "^error: --budget should be a number of tokens such as 512, a share of the text "
+                f"such as 25%, up to 100%, or none, not '{word}' ",
+            )
+            for word in ("0", "-5", "1.5", "many", "", "%", "0%", "150%", "nan%", "None")
+        ),
+        (["--lethe", "--budget", "-1%"], "--budget: expected one argument"),
+        (["--policy", "h2o", "--budget", "none"], "H2O needs a budget"),
+        (["--lethe-plus", "--budget", "none"], "LethePlus needs a budget"),
         (["--lethe", "--gamma", 1.5], "gamma should be from 0 to 1, not 1.5"),
         (["--lethe", "--gamma", -0.5], "gamma should be from 0 to 1, not -0.5"),
         (["--lethe", "--gamma", math.nan], "gamma should be from 0 to 1, not nan"),
@@ -292,9 +342,9 @@ def test_the_script_runs(model):
         (["--lethe", "--sinks", -1], "sinks should be at least 0, not -1"),
         (["--lethe", "--interval", 0], "interval should be at least 1, not 0"),
         (["--lethe", "--segments", 1], "segments should be at least 2, not 1"),
-        (["--lethe", "--knee", "elbow"], "knee should be one of auto, global"),
-        (["--lethe", "--knee", "none"], "budget"),
-        (["--lethe", "--allocation", "uniform"], "budget"),
+        (["--lethe", "--breakpoint", "elbow"], "breakpoint should be one of global, segment, none"),
+        (["--lethe", "--breakpoint", "none", "--budget", "none"], "breakpoint none needs a budget"),
+        (["--lethe", "--allocation", "uniform", "--budget", "none"], "uniform needs a budget"),
         (["--policy", "snapkv", "--kernel", 4], "kernel should be odd, not 4"),
         (["--temperature", -1], "temperature should be .*, not -1"),
         (["--temperature", math.nan], "temperature should be .*, not nan"),
@@ -312,11 +362,18 @@ def test_the_script_runs(model):
         (["--seed", "x"], "--seed"),
         (["--positions", "relative"], "--positions"),
         (["--policy", "lether"], "no policy 'lether'; there are full, lethe"),
-        (["--policy", "h2o", "--lethe"], "--lethe and --paper do not go with --policy h2o"),
+        (["--policy", "h2o", "--lethe"], "--lethe and --policy h2o name two policies; give one"),
+        (["--lethe", "--lethe-plus"], "--lethe and --lethe-plus name two policies; give one"),
+        (["--paper"], "unrecognized arguments: --paper"),
+        (["--policy", "mine.py:Mine"], "no policy 'mine.py:Mine': there is no file mine.py"),
+        (["--policy", f"{ROOT}/generate.py:Mine"], "has no policy 'Mine'; a policy is a subclass"),
+        (["--threads", 0], "threads should be at least 1, not 0"),
+        (["--threads", "many"], "--threads"),
         (["--policy", "h2o", "--gamma", 0.5], "policy h2o has no --gamma"),
         (["--budget", 99], "policy full has no --budget"),
         (["--no-protect-prompt"], "policy full has no --protect-prompt"),
-        (["--lethe", "--window", 5], "policy lethe has no --window"),
+        (["--lethe", "--window", 5], "policy lethe has no --window; it is an option of snapkv"),
+        (["--lethe", "--lag", 5], "policy lethe has no --lag; it is an option of lethe-plus"),
         (["--device", "tpu"], "device should be auto, cpu, cuda or mps, not 'tpu'"),
         (["--device", "cpu:x"], "'cpu:x'"),
         (["--device", "cuda"], "'cuda'"),
