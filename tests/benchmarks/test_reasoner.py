@@ -123,7 +123,8 @@ def own(capsys, *argv):
 
 
 def test_without_model_and_prompt_it_solves_a_problem_of_its_own(capsys):
-    out, (prompt, *report, verdict) = own(capsys)
+    out, (task, prompt, *report, verdict) = own(capsys)
+    assert task.startswith("a puzzle: ")
     assert prompt.split()[0] in FAMILIES
     assert prompt.endswith(" :")
     steps = out.splitlines()
@@ -136,7 +137,7 @@ def test_without_model_and_prompt_it_solves_a_problem_of_its_own(capsys):
 
 def test_an_answer_that_is_wrong_or_missing_is_said_to_be(capsys):
     *_, verdict = own(capsys, "--max-new-tokens", "9", "--num-samples", "2", "--seed", "1")[1]
-    assert verdict.startswith("the answer is wrong in 2 of 2: ")
+    assert verdict.startswith("0 of 2 answers are right; right is: note ")
 
 
 def test_a_prompt_or_another_model_is_no_problem_of_its_own(monkeypatch):
@@ -152,10 +153,11 @@ def test_a_prompt_or_another_model_is_no_problem_of_its_own(monkeypatch):
     assert asked == ["reasoner", "demo", "demo", "x", "reasoner"]
 
 
-def test_a_problem_of_its_own_is_one_that_the_budget_has_room_for(capsys):
+def test_a_share_always_has_room_for_the_problem_and_a_number_that_is_too_small_says_so(capsys):
     for seed in range(4):
-        prompt, *_ = own(capsys, "--lethe", "--budget", "180", "--seed", str(seed),
-                         "--max-new-tokens", "1")[1]  # fmt: skip
-        assert len(prompt.split()) < 180
-    assert cli.main(["--lethe", "--budget", "6"]) == 2  # no problem is so small
-    assert "budget 6 is too small for the prompt" in capsys.readouterr().err
+        options = ["--lethe", "--seed", str(seed), "--max-new-tokens", "1"]
+        _, prompt, *_ = own(capsys, *options, "--budget", "1%")[1]
+        fits = len(prompt.split()) + 1  # and a recent token
+        assert own(capsys, *options, "--budget", str(fits))[1][1] == prompt
+        assert cli.main([*options, "--budget", str(fits - 1)]) == 2
+        assert f"budget {fits - 1} is too small for the prompt" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_the_examples_of_the_document_are_of_today():
     for one in shown:
         prompt, *lines = one.split("\n")
         assert SOLVERS[prompt.split()[0]](prompt) == lines
-    assert f"A vocabulary of {len(WORDS) + 1} words" in text  # and the end of the text
+    assert f"The vocabulary has {len(WORDS) + 1} words" in text  # and the end of the text
 
 
 @given(families, st.integers(), st.integers(4, 60))
