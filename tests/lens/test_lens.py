@@ -15,7 +15,7 @@ import pytest
 import tiny
 from traces import synthetic
 
-from lethe_mini import FullKV, Lethe, UserError
+from lethe_mini import FullKV, Lethe, LethePlus, UserError
 from lethe_mini.engine import Engine
 from lethe_mini.lens.__main__ import main
 from lethe_mini.lens.page import page
@@ -83,8 +83,7 @@ def runs(demo):
     """Two runs of the demo model from one prompt: by Lethe, all heads alike, and by chance."""
     engine, traces = Engine.from_pretrained(str(demo)), []
     prompt = "Is <script>alert(1)</script> safe on a page?"
-    together = Lethe.paper(budget=60, interval=12, protect_prompt=True, even_share=0.5)
-    for policy in (together, RandomKV(budget=60, interval=12)):
+    for policy in (Lethe(budget=60, interval=12), RandomKV(budget=60, interval=12)):
         traces.append(Trace())
         engine.generate([prompt], policy, 70, ignore_eos=True, trace=traces[-1])
     return traces
@@ -139,7 +138,8 @@ def test_the_slider_shows_the_cache_at_every_step(opened, runs):
             right = [f"h{-(-count * 6 // len(held))}" for count in held.sum(0).tolist()]
             assert [name.split()[0] for name in classes[:seen]] == right
             whole = seen == one["read"]
-            assert set(classes[seen:]) == ({"unread"} if whole else {"later"})
+            later = {name.split()[0] for name in classes[seen:]}
+            assert later == ({"unread"} if whole else {"later"})
 
 
 @pytest.mark.demo
@@ -210,7 +210,7 @@ def test_a_layer_tells_its_curve_and_breakpoint(opened, runs):
             assert f"budget {record['budget'][layer]}, Hoyer {record['hoyer'][layer]:.3f}" in text
             none = found[layer] is None
             assert ("no breakpoint" if none else f"breakpoint at {found[layer]}") in text
-            assert view.locator("#layer-0 .knee").count() == (not none)
+            assert view.locator("#layer-0 .breakpoint").count() == (not none)
             assert view.locator(f".charts .line.on[data-layer='{layer}']").count() >= 3
 
 
@@ -279,16 +279,117 @@ def test_the_map_is_drawn_as_its_legend_says(opened, runs):
 
 @pytest.mark.demo
 def test_an_address_opens_at_a_step_a_token_and_a_layer(opened, runs):
+    one = runs[0].data["sequences"][0]
     with opened(runs[0]) as view:
         for place, step, layer, token in (
             ("step=70&token=12&layer=5", 70, 5, "text-0-12"),
-            ("step=99999&token=-1&layer=x", runs[0].data["sequences"][0]["read"], 0, None),
+            ("step=99999&token=-1&layer=x", one["read"], 0, f"text-0-{opening(runs[0])}"),
         ):
             view.goto("about:blank")
             view.goto(f"{view.lens}#{place}")
             assert int(view.locator("#step").input_value()) == step
             view.wait_for_function(f"() => document.getElementById('pick-0').value === '{layer}'")
             assert view.locator("#text-0").get_attribute("aria-activedescendant") == token
+
+
+def opening(trace):
+    """The token that the page should choose: dropped by most layers, of these held longest."""
+    layers, last = {}, {}
+    for record, before, after in replay(trace.data, 0):
+        for old, new in zip(before, after, strict=True):
+            gone = set(np.concatenate(old).tolist()) - set(np.concatenate(new).tolist())
+            for token in gone:
+                layers[token], last[token] = layers.get(token, 0) + 1, record["seen"]
+    return max(layers, key=lambda token: (layers[token], last[token] - token, -token))
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_token_is_chosen_on_opening_and_the_page_says_why(opened, runs, which):
+    """So that its panel is not empty. The words go with the first choice of one's own."""
+    token = opening(runs[which])
+    with opened(runs[which]) as view:
+        assert view.locator("#text-0").get_attribute("aria-activedescendant") == f"text-0-{token}"
+        panel = view.locator("#token-0")
+        assert f"Token {token}, " in panel.inner_text()
+        assert "The page chose this token. Of the tokens that" in panel.inner_text()
+        assert panel.locator("svg").count() == 2
+        view.locator("#text-0").focus()
+        view.keyboard.press("ArrowLeft")
+        view.wait_for_function(
+            "t => document.getElementById('token-0').innerText.includes(t)",
+            arg=f"Token {token - 1}",
+        )
+        assert "The page chose this token" not in panel.inner_text()
+
+
+@pytest.mark.demo
+def test_the_parameters_fold_away(opened, runs):
+    """Three of them stand in one line; a click shows all, by name."""
+    policy = runs[0].data["policy"]
+    with opened(runs[0]) as view:
+        parameters = view.locator("details.options")
+        summary = parameters.locator("summary")
+        assert summary.inner_text() == (
+            f"Parameters: budget 60, interval 12, sinks 4, … (show all {len(policy) - 1})"
+        )
+        assert not parameters.locator("dl").is_visible()
+        summary.click()
+        shown = dict(re.findall(r"(.+)\n+(.+)", parameters.locator("dl").inner_text()))
+        assert shown.keys() == {name.replace("_", " ") for name in policy if name != "name"}
+        assert (shown["tau"], shown["protect prompt"]) == ("400", "yes")
+
+
+def legend_of(opened, engine, policy):
+    trace = Trace()
+    engine.generate([[1, 2, 3]], policy, 30, trace=trace)
+    with opened(loaded(trace)) as view:
+        return view.locator("ul.legend.words").inner_text()
+
+
+def test_the_legend_explains_each_kind_for_the_policy(opened, engine):
+    """Salient by score; distinct only where the policy keeps such tokens; protection as it is."""
+    lethe = legend_of(opened, engine, Lethe(budget=12, interval=3))
+    assert "salient: its score was among the highest of the layer" in lethe
+    assert "distinct" not in lethe.lower()
+    assert "The prompt is protected" in lethe
+    plus = legend_of(opened, engine, LethePlus(budget=12, interval=3, protect_prompt=False))
+    assert "salient or distinct: Salient: its score" in plus
+    assert "LethePlus also keeps a token whose key no newer token of the layer resembles" in plus
+    assert "The prompt is not protected" in plus
+    assert "random eviction ranked" in legend_of(opened, engine, RandomKV(budget=12, interval=3))
+
+
+@pytest.mark.demo
+def test_all_of_it_works_by_touch(opened, runs):
+    """A tap on the text, a swipe over the map, a tap on a chart; and the page says so."""
+    with opened(runs[0], width=360, height=740, has_touch=True, is_mobile=True) as view:
+        assert "Touch: tap a token" in view.locator("footer").inner_text()
+        view.locator("#text-0-20").tap()
+        view.wait_for_function(
+            "() => document.getElementById('token-0').innerText.includes('Token 20,')"
+        )
+        x, y = pixel(view, 7, 33)
+        view.touchscreen.tap(x, y)
+        view.wait_for_function("() => document.getElementById('pick-0').value === '7'")
+        at = view.locator("#text-0").get_attribute("aria-activedescendant")
+        assert abs(int(at.removeprefix("text-0-")) - 33) <= 1  # columns are narrow here
+        touch = view.context.new_cdp_session(view)
+        for kind, layer, token in (
+            ("touchStart", 7, 33),
+            ("touchMove", 5, 60),
+            ("touchMove", 4, 80),
+        ):
+            x, y = pixel(view, layer, token)
+            touch.send(
+                "Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]}
+            )
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        view.wait_for_function("() => document.getElementById('pick-0').value === '4'")
+        box = view.locator("svg[aria-label^='Hoyer']").bounding_box()
+        before = view.locator("#pick-0").input_value()
+        view.locator("svg[aria-label^='Hoyer']").tap(position={"x": box["width"] / 2, "y": 9})
+        view.wait_for_function(f"() => document.getElementById('pick-0').value !== '{before}'")
 
 
 @pytest.mark.demo
@@ -358,8 +459,8 @@ def test_two_traces_show_where_they_differ(opened, runs):
             assert f"the same for {same} tokens" in text
             for count, name in (
                 ((left & right).sum(), "both hold"),
-                ((left & ~right).sum(), "only the left"),
-                ((right & ~left).sum(), "only the right"),
+                ((left & ~right).sum(), "only the first"),
+                ((right & ~left).sum(), "only the second"),
                 ((~left & ~right).sum(), "neither"),
             ):
                 assert f"{name} {count:,}" in text
@@ -463,7 +564,12 @@ ODD = {
     "no scores": (StreamingLLM(budget=9, interval=2), [[1, 2, 3]], 20),
     "negative scores": (RKV(budget=12, interval=3, window=2, kernel=3), [[1, 2, 3]], 30),
     "per head": (H2O(budget=9, interval=3), [[1, 2, 3]], 30),
-    "Algorithm 1 alone": (Lethe(evict_threshold=9, interval=2, tau=1.5), [[1, 2, 3]], 40),
+    "Algorithm 1 alone": (
+        Lethe(budget=None, evict_threshold=9, interval=2, tau=1.5),
+        [[1, 2, 3]],
+        40,
+    ),
+    "a share": (LethePlus(budget=0.4, evict_threshold=9, interval=2), [[1, 2, 3]], 40),
     "several": (RandomKV(budget=12, interval=3), [[1, 2, 3], [4], [5] * 7], 25),
 }
 

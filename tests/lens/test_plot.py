@@ -8,7 +8,7 @@ import pytest
 import tiny
 from traces import synthetic
 
-from lethe_mini import FullKV, Lethe, UserError
+from lethe_mini import FullKV, Lethe, LethePlus, UserError
 from lethe_mini.lens.plot import figures, held_by_layer, hoyer_by_layer, main, save, score_of_tokens
 from lethe_mini.lens.replay import replay, scored
 from lethe_mini.lens.trace import Trace
@@ -18,7 +18,7 @@ from lethe_mini.policies import RKV, StreamingLLM
 @pytest.fixture(scope="module")
 def trace():
     made = Trace()
-    policy = Lethe(budget=14, interval=4, granularity="head", tau=3.0)
+    policy = LethePlus(budget=14, interval=4, breakpoint="global", tau=3.0)
     tiny.engine().generate([[5, 6, 7], [8, 9]], policy, 40, trace=made)
     return made
 

@@ -1,6 +1,7 @@
 """A trace tells what the cache held: replayed, it gives every position at every round.
 
-The policies, and caches of noise to try them on, are those of test_all_policies.
+The policies, and caches of noise to try them on, are those of tests/laws, where the law of replay
+stands, too.
 """
 
 import copy
@@ -14,16 +15,19 @@ import oracles
 import pytest
 import tiny
 import torch
+from cases import our_cases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_all_policies import FEW, every_policy, feed, held_positions, new_cache, seeds
+from noise import feed, held_positions, new_cache, seeds, shares_of
 from traces import synthetic
 
-from lethe_mini import FullKV, Lethe, Policy, UserError
+from lethe_mini import FullKV, Lethe, LethePlus, Policy, UserError
 from lethe_mini.app import cli
 from lethe_mini.lens.replay import pack, positions_of, replay, runs, scored, unpack
 from lethe_mini.lens.trace import VERSION, Trace
 from lethe_mini.policies import H2O, RandomKV
+
+every_policy = pytest.mark.parametrize("policy", our_cases().values(), ids=our_cases())
 
 
 def begun(policy, prompts, samples=1):
@@ -37,50 +41,6 @@ def begun(policy, prompts, samples=1):
 
 def lists(held):
     return [[head.tolist() for head in layer] for layer in held]
-
-
-# -- laws ----------------------------------------------------------------------------------------
-
-
-@every_policy
-@FEW
-@given(
-    prompts=st.lists(st.integers(1, 13), min_size=1, max_size=4),
-    steps=st.lists(st.tuples(st.integers(1, 7), st.lists(st.booleans(), min_size=4)), max_size=9),
-    seed=seeds,
-)
-def test_replaying_a_trace_gives_the_caches_positions(policy, prompts, steps, seed):
-    """Before and after every round, in every layer and head, for sequences of a ragged batch that
-    are due at different times; and a sequence may leave."""
-    torch.manual_seed(seed)
-    trace, cache, live = begun(policy, prompts), new_cache(policy, prompts[0]), [0]
-    feed(cache, prompts[0])
-    for index, prompt in enumerate(prompts[1:], 1):
-        other = new_cache(policy, prompt)
-        feed(other, prompt)
-        cache.join(other)
-        live.append(index)
-    right = [[] for _ in prompts]
-    for number, (T, due) in enumerate(steps):
-        feed(cache, T)
-        due = due[: len(live)]
-        if any(due):
-            before = held_positions(cache)
-            with trace.round(policy, cache, due, live):
-                policy.round(cache, due)
-            after = held_positions(cache)
-            for row in (row for row, ready in enumerate(due) if ready):
-                both = [[layer[row] for layer in held] for held in (before, after)]
-                right[live[row]].append((cache.seen[row], *both))
-        if number == 4 and len(live) > 1:
-            trace.ends(live[0], cache.seen[0], finished(cache.seen[0] - prompts[0]))
-            cache.select(list(range(1, len(live))))
-            del live[0]
-    for row, index in enumerate(live):
-        trace.ends(index, cache.seen[row], finished(cache.seen[row] - prompts[index]))
-    for index, rounds in enumerate(right):
-        replayed = replay(trace.data, index)
-        assert [(r["seen"], lists(before), lists(after)) for r, before, after in replayed] == rounds
 
 
 def finished(tokens):
@@ -108,15 +68,16 @@ def spied(policy):
                         for row, n in enumerate(layer.lengths)
                     ]
                     salient.append([importance.tolist(), counts])
-                facts = [self.shares(cache), salient]
-            scores = [layer.scores.tolist() if layer.scored else None for layer in cache.layers]
-            super().round(cache, due)
+                facts = [shares_of(self, cache), salient]
+            scores = [layer.scores.tolist() if self.scored else None for layer in cache.layers]
+            done = super().round(cache, due)
             after = held_positions(cache)
             for row, ready in enumerate(due):
                 if ready:
                     key = cache.prompt[row], cache.seen[row]
                     both = [[layer[row] for layer in held] for held in (before, after)]
                     notes[key] = SimpleNamespace(held=both, row=row, facts=facts, scores=scores)
+            return done
 
     spy = Spy(**{spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)})
     return spy, notes
@@ -170,7 +131,7 @@ def check_facts(policy, record, before, note):
             assert "hoyer" not in record
         else:
             rows = [head[:n] for head in note.scores[layer][note.row]]
-            if not getattr(policy, "per_head", True):
+            if isinstance(policy, Lethe) and not getattr(policy, "per_head", False):
                 rows = [[sum(column) for column in zip(*rows, strict=True)]]
             right = sum(map(oracles.hoyer, rows)) / len(rows)
             assert record["hoyer"][layer] == pytest.approx(right, abs=2e-4)
@@ -181,7 +142,8 @@ def check_facts(policy, record, before, note):
         found = counts[note.row] if counts[note.row] < n else None
         assert record.get("breakpoint", [None] * 3)[layer] == found
         mean = {}
-        for head, values in zip(heads, importance[note.row], strict=True):
+        rows = importance[note.row] * (1 if len(importance[note.row]) == len(heads) else len(heads))
+        for head, values in zip(heads, rows, strict=True):
             for position, value in zip(head.tolist(), values[:n], strict=True):
                 mean.setdefault(position, []).append(value)
         positions, scores = scored(record, layer, heads)
@@ -217,7 +179,10 @@ def test_samples_share_the_round_after_their_prompt(engine, batch_size):
         assert [len(layer[0]) + grown for layer in held] == result.stats.kv_tokens_final[index]
 
 
-@pytest.mark.parametrize("policy", [Lethe(budget=14, interval=4), H2O(budget=14, interval=4)])
+@pytest.mark.parametrize(
+    "policy",
+    [Lethe(budget=14, interval=4), LethePlus(budget=14, interval=4), H2O(budget=14, interval=4)],
+)
 def test_a_trace_changes_no_token(engine, policy):
     prompts = [[1, 2, 3], list(range(9))]
     plain = engine.generate(prompts, policy, 30)
@@ -253,7 +218,7 @@ def test_an_interrupted_round_is_no_round(engine):
         def round(self, cache, due):
             if cache.seen[0] > 20:
                 raise KeyboardInterrupt
-            super().round(cache, due)
+            return super().round(cache, due)
 
     trace = Trace()
     engine.generate([[1, 2, 3]], Stopped(budget=9, interval=2), 60, trace=trace)
@@ -276,9 +241,7 @@ def test_a_policy_that_only_has_rounds_is_traced(engine, tmp_path):
 
         def round(self, cache, due):
             for layer in cache.layers:
-                n = layer.length
-                slots = torch.arange(0, n, 2).expand(*layer.positions.shape[:2], -1)
-                layer.keep(slots, [slots.shape[-1]])
+                layer.evict([0], [torch.arange(0, layer.length, 2)[None]])
 
     trace = Trace()
     engine.generate([[1, 2, 3]], Alternate(), 20, trace=trace)
@@ -297,8 +260,8 @@ def test_a_score_that_is_no_number_is_traced_as_none(tmp_path):
     feed(cache, 9)
     cache.layers[1].scores[0, 0, 4] = math.nan
     cache.layers[2].scores[0, 1, 4] = math.inf
-    with trace.round(policy, cache, [True], [0]):
-        policy.round(cache, [True])
+    trace.round_begins(cache)
+    trace.round_ends(cache, [True], [0], policy.round(cache, [True]))
     trace.ends(0, 9, finished(6))
     trace.write(tmp_path / "trace.json")
     data = Trace.read(tmp_path / "trace.json").data
@@ -369,7 +332,7 @@ def test_a_trace_is_of_one_run(engine):
 def small(engine):
     """A small trace: its text, as in a file."""
     trace = Trace()
-    policy = Lethe(budget=12, interval=3, granularity="head", tau=1.5)
+    policy = LethePlus(budget=12, interval=3, breakpoint="global", tau=1.5)
     engine.generate([[5, 6, 7], [8]], policy, 25, trace=trace)
     return json.dumps(trace.data)
 
