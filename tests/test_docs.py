@@ -5,12 +5,17 @@ load one.
 """
 
 import ast
+import contextlib
 import doctest
+import importlib
 import inspect
+import io
 import re
+import shlex
 import shutil
 import zlib
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -19,8 +24,8 @@ import pytest
 import tiny
 import torch
 
-from lethe_mini import Engine, Lethe, Pruner
-from lethe_mini.app.cli import build_parser
+from lethe_mini import Engine, Lethe, LethePlus, Pruner
+from lethe_mini.app.parser import build_parser
 from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.model import Transformer
@@ -28,8 +33,8 @@ from lethe_mini.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent
 ALGORITHM, GUIDE = ROOT / "docs" / "ALGORITHM.md", ROOT / "docs" / "POLICIES.md"
-TRACE = ROOT / "docs" / "TRACE.md"
-DOCUMENTS = [path for path in (ALGORITHM, GUIDE, TRACE, ROOT / "README.md") if path.is_file()]
+PLUS, README = ROOT / "docs" / "LETHE_PLUS.md", ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIZES = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,16 +116,14 @@ def test_every_block_runs_and_gives_the_numbers_it_prints(path):
 
 
 @pytest.mark.usefixtures("reader")
-def test_the_policies_of_the_guide_prune(capsys):
+def test_the_policies_of_the_guide_prune():
     names = run(GUIDE.read_text(encoding="utf-8"))
     assert names["result"].stats.rounds > 1
     assert names["result"].stats.evicted_tokens > 0
-    assert names["status"] == 0
     final = names["one"].stats.kv_tokens_final[0]
     assert names["one"].stats.rounds > 0
     assert final == sorted(final)
     assert final[0] < final[-1]
-    assert "policy every-second" in capsys.readouterr().err
 
     cache, kv = KVCache(parse_config(SIZES)), torch.zeros(1, 2, 23, 6)
     for layer in cache.layers:
@@ -173,16 +176,137 @@ def test_links_lead_to_files_headings_and_functions(path):
         target = (path.parent / name).resolve() if name else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-        if target.suffix == ".py" and label.startswith("`"):
+        if target.suffix == ".py" and label.startswith("`") and not label.endswith(".py`"):
             assert label.strip("`") in definitions(target), (label, link)
+
+
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OWN = {"--phase", "--largest"}  # of policies that are not ours
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The commands of a document's shell blocks, as words."""
+    lines = [
+        line for block in SHELL.findall(path.read_text("utf-8")) for line in block.splitlines()
+    ]
+    parts = [part for line in lines for part in line.split("&&")]
+    return [words for words in (shlex.split(part, comments=True) for part in parts) if words]
+
+
+def options_of(words: list[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words if re.match("--[a-z]", word)}
 
 
 @each_document
 def test_options_of_the_command_line_exist(path):
-    shown = set(re.findall(r"--[a-z][a-z-]+", build_parser().format_help()))
-    shown |= {"--phase"}  # of the guide's own policy
+    """Those in running text are the command's, or of a command that the page shows."""
+    known = set(re.findall(r"--[a-z][a-z-]+", build_parser().format_help())) | OWN
+    for words in commands(path):
+        known |= options_of(words) if "generate.py" not in words else set()
     words = re.findall(r"`(--[a-z][a-z-]+)", path.read_text(encoding="utf-8"))
-    assert set(words) <= shown
+    if path.name not in ("QUALITY.md", "README.md") or path == README:
+        assert set(words) <= known | BENCHMARKS
+
+
+def help_of(module: str, *kind: str) -> set[str]:
+    """The options of a command, or of one kind of it, from its help."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        importlib.import_module(module).main([*kind, "--help"])
+    return set(re.findall(r"--[a-z][a-z-]+", out.getvalue()))
+
+
+BENCHMARKS = {"--lines", "--json", "--targets", "--quick", "--split", "--beyond", "--compare"}
+
+
+@each_document
+def test_commands_of_the_documents_exist(path):
+    """Every script, module and option in a shell block is there; what they write goes to out/."""
+    shown = help_of("lethe_mini.app.cli") | OWN
+    for words in commands(path):
+        words = [
+            word.removeprefix(".venv/bin/") for word in words if not re.match("[A-Z_]+=", word)
+        ]
+        if words[:2] == ["python", "generate.py"]:
+            assert options_of(words) <= shown, words
+            for option, value in pairwise(words):
+                if option in ("--output", "--stats", "--trace", "--lens"):
+                    assert value.startswith("out/"), words
+        elif words[:2] == ["python", "-m"] and words[2] not in ("pytest", "venv"):
+            module = "lethe_mini.lens.__main__" if words[2] == "lethe_mini.lens" else words[2]
+            kind = words[3:4] if words[2] == "benchmarks.quality.run" else []
+            assert options_of(words) <= help_of(module, *kind), words
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file() or words[1:3] == ["-m", "pytest"], words
+        else:
+            assert words[0] in ("python3", "pip", ".", "mkdir", "chromium"), words
+
+
+# -- the front page --------------------------------------------------------------------------------
+
+
+def marked(name: str) -> str:
+    """The command of the README behind <!-- name -->."""
+    text = README.read_text(encoding="utf-8")
+    return re.search(rf"^<!-- {name} -->\n```sh\n(python3 .*)\n```$", text, re.MULTILINE)[1]
+
+
+def test_the_readme_is_short_and_its_two_commands_are_there():
+    """One page; a set-up that runs, and one that tests, each a line that works by itself."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 140
+    setup = "python3 -m venv .venv && .venv/bin/pip install -e"
+    assert marked("run") == f"{setup} . && .venv/bin/python generate.py --lethe"
+    assert marked("tests") == f"{setup} '.[test]' && .venv/bin/python -m pytest"
+
+
+def test_the_readme_counts_the_lines_of_the_reading_path():
+    """By wc -l, file by file and together."""
+    text, total = README.read_text(encoding="utf-8"), 0
+    rows = re.findall(r"^\| (\[\w+\.py\].*?) \| (\d+) \|", text, re.MULTILINE)
+    for files, count in rows:
+        paths = [ROOT / path for path in re.findall(r"\]\((.*?)\)", files)]
+        assert sum(path.read_text(encoding="utf-8").count("\n") for path in paths) == int(count)
+        total += int(count)
+    assert f"The whole path is {total} lines" in text
+    assert len(re.findall(r"\]\((\w|/)+\.py\)", "".join(files for files, _ in rows))) == 8
+
+
+def test_the_tree_of_the_readme_has_every_room():
+    """Each folder in one line that says what it holds."""
+    tree = (
+        README.read_text(encoding="utf-8").partition("```text\ngenerate.py")[2].partition("```")[0]
+    )
+    named = set(re.findall(r"^ *(\w+)/ +\w", tree, re.MULTILINE))
+    inside = {path.parent.name for path in (ROOT / "lethe_mini").glob("*/__init__.py")}
+    assert named == {"lethe_mini", *inside, "benchmarks", "examples", "tests", "docs"}
+    assert set(re.findall(r"[A-Z][A-Z_]+", tree.rpartition("docs/")[2])) == {
+        path.stem for path in (ROOT / "docs").glob("*.md")
+    }
+
+
+@pytest.mark.parametrize("policy", [Lethe, LethePlus])
+def test_the_quality_table_of_the_readme_is_the_documents(policy):
+    """The row of a policy on walks with a protected prompt, and its cost on prose."""
+    quality, text = (
+        path.read_text(encoding="utf-8") for path in (ROOT / "docs/QUALITY.md", README)
+    )
+    walks = quality.partition("`walk`:\n")[2].partition("| prompt protected |")[2]
+    row = re.search(rf"^\| {policy.name} \|(.*)\|$", walks, re.MULTILINE)[1]
+    right = [float(cell.split()[0]) for cell in row.split("|")]
+    mine = re.search(rf"^\| {policy.__name__} \|(.*)\|$", text, re.MULTILINE)[1]
+    assert [float(cell) for cell in re.findall(r"[\d.]+", mine)] == right
+    column = 3 if policy is Lethe else 2
+    prose = re.search(r"^\| prose, prompt free.*$", quality, re.MULTILINE)[0]
+    cost = prose.split("|")[column + 1].split(",")[2].strip()
+    assert cost in text
+
+
+def test_no_document_names_what_only_we_see():
+    """No path of a machine, and nothing beside the repository."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for word in ("/work", "../shared", "/root", "/tmp", "--paper", "granularity", "knee"):
+            assert word not in text, (path.name, word)
 
 
 def table(path: Path, heading: str) -> list[list[str]]:
@@ -196,6 +320,12 @@ def test_the_table_of_parameters_is_the_dataclass():
     rows = {name.strip("`"): default for name, default, _ in table(ALGORITHM, "Parameters")}
     shown = {name: ast.literal_eval(default.strip("`")) for name, default in rows.items()}
     assert shown == {spec.name: spec.default for spec in fields(Lethe)}
+    rows = {name.strip("`"): default for name, default, _ in table(PLUS, "Parameters")}
+    shown = {name: ast.literal_eval(default.strip("`")) for name, default in rows.items()}
+    of_lethe = {spec.name: spec.default for spec in fields(Lethe)}
+    own = {spec.name: spec.default for spec in fields(LethePlus)}
+    assert shown == {name: own[name] for name in shown}
+    assert {name for name in own if own[name] != of_lethe.get(name)} <= shown.keys()
 
 
 def test_the_table_of_policies_is_the_registry():

@@ -347,12 +347,12 @@ def sentencepiece(source, tokens: list, types: list, ids: dict) -> tuple[Tokeniz
     return tokenizer, True
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     program, about = "lethe_mini.checkpoint.convert_gguf", "Converts a GGUF file to a model folder."
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
     parser.add_argument("gguf", metavar="IN.gguf")
     parser.add_argument("folder", metavar="OUT_FOLDER")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         config = convert(args.gguf, args.folder)
     except UserError as error:
