@@ -32,7 +32,8 @@ FAULTS = {  # what is wrong: file, right text, wrong text
     "scores stay when keys move": (
         "cache.py",
         "moved = old[row[..., None], head, indices]",
-        'moved = old[row[..., None], head, indices if name != "scores" else slots.expand_as(indices)]',
+        "moved = old[row[..., None], head, indices]"
+        ' if name != "scores" else old[:, :, : self.length].clone()',
     ),
     "position taken from the slot": (
         "model.py",

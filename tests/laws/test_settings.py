@@ -1,4 +1,4 @@
-"""Settings that must agree: both policies of a pair keep the same tokens and write the same text."""
+"""Settings that must agree: both policies of a pair keep the same tokens, write the same text."""
 
 import dataclasses
 
