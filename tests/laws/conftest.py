@@ -5,7 +5,7 @@ for those that keep scores.
 """
 
 import pytest
-from cases import cases_of, our_cases
+from small_policies import cases_of, our_cases
 
 from lethe_mini.errors import UserError
 from lethe_mini.policies import find_policy

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import oracles
 import tiny
 import torch
-from cases import protected_of
 from hypothesis import settings
 from hypothesis import strategies as st
+from small_policies import protected_of
 
 from lethe_mini.cache import KVCache
 from lethe_mini.policies import LethePlus

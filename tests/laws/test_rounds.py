@@ -6,7 +6,6 @@ import oracles
 import pytest
 import tiny
 import torch
-from cases import has_breakpoint, limit_of, protected_of
 from hypothesis import given
 from hypothesis import strategies as st
 from noise import (
@@ -21,6 +20,7 @@ from noise import (
     seeds,
     shares_of,
 )
+from small_policies import has_breakpoint, limit_of, protected_of
 
 from lethe_mini.policy import Lethe, Policy
 

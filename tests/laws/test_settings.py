@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from cases import ALONE, cases_of, make, our_cases
 from hypothesis import given
 from noise import (
     FEW,
@@ -15,6 +14,7 @@ from noise import (
     rounds_of_a_batch,
     seeds,
 )
+from small_policies import ALONE, cases_of, make, our_cases
 from texts import generate, new_model, some_tokens
 
 from lethe_mini.policies import (

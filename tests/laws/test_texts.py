@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import bounded, limit_of, make
 from hypothesis import given
 from hypothesis import strategies as st
 from noise import held_positions, seeds
+from small_policies import bounded, limit_of, make
 from texts import full_pass, generate, new_model, run, some_tokens, turned
 
 from lethe_mini.policies.lethe_plus import keys_before_rope

@@ -15,10 +15,10 @@ import oracles
 import pytest
 import tiny
 import torch
-from cases import our_cases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from noise import feed, held_positions, new_cache, seeds, shares_of
+from small_policies import our_cases
 from traces import synthetic
 
 from lethe_mini import FullKV, Lethe, LethePlus, Policy, UserError
