@@ -7,6 +7,9 @@ demo checkpoint that cannot be fetched is a failure, not a skip.
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; before torch comes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import Phase, settings

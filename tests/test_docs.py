@@ -256,7 +256,7 @@ def test_the_readme_is_short_and_its_two_commands_are_there():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 140
     setup = "python3 -m venv .venv && .venv/bin/pip install -e"
     assert marked("run") == f"{setup} . && .venv/bin/python generate.py --lethe"
-    assert marked("tests") == f"{setup} '.[test]' && .venv/bin/python -m pytest"
+    assert marked("tests") == f"{setup} '.[test]' && .venv/bin/python -m pytest -n 2"
 
 
 def test_the_readme_counts_the_lines_of_the_reading_path():

@@ -81,11 +81,11 @@ def _check(args: argparse.Namespace) -> None:
     elsewhere = (args.prompt, args.prompt_file, args.output, args.stats, traced, args.raw)
     if args.interactive and any(elsewhere):
         raise UserError(
-            "--interactive takes its prompts from you, through the chat template: it goes without "
+            "--interactive reads prompts from you, and uses the chat template; leave out "
             "--prompt, --prompt-file, --output, --stats, --trace, --lens and --raw"
         )
     if args.output is not None and traced:
-        raise UserError("--output may go on with an older run: it goes without --trace and --lens")
+        raise UserError("--output may continue an older run; leave out --trace and --lens")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads should be at least 1, not {args.threads}")
     files = [path for path in (args.stats, args.trace, args.lens) if path is not None]

@@ -67,7 +67,7 @@ def _add_model(group) -> None:
     add("--system", help="a system message before the prompt")
     add("--device", default="auto", help=f"auto, cpu, cuda, mps {DEFAULT}")
     add("--dtype", default="auto", help=f"auto, float32, bfloat16, float16 {DEFAULT}")
-    add("--compile", action="store_true", help="torch.compile: slow to start, faster after")
+    add("--compile", action="store_true", help="decode through torch.compile: slower to start, then faster")
     add("--threads", type=int, help="CPU threads (default: all cores; one for a model as small as "
         "the reasoner)")  # fmt: skip
     add("--positions", default="absolute", choices=POSITIONS, help="compact: turn keys to their "
@@ -79,7 +79,7 @@ def _add_sampling(group) -> None:
     add, default = group.add_argument, Sampling()
     add("--max-new-tokens", type=int, help=f"most tokens to write (default: {MAX_NEW_TOKENS}; for "
         "the reasoner's own puzzle, what its solution takes)")  # fmt: skip
-    add("--ignore-eos", action="store_true", help="write on after the end of text")
+    add("--ignore-eos", action="store_true", help="continue after the token that ends a text")
     add("--temperature", type=float, default=default.temperature, help=f"0 is greedy {DEFAULT}")
     add("--top-p", type=float, default=default.top_p, help="sample from the best tokens that add "
         f"up to this share {DEFAULT}")  # fmt: skip

@@ -449,9 +449,9 @@ def test_pieces_name_special_tokens_and_finish_characters(model):
         (["--lens", "."], "cannot write ."),
         (["--trace", "x", "--lens", "x"], "x is named twice"),
         (["--trace", "x", "--stats", "x"], "x is named twice"),
-        (["--trace", "x", "--output", "y"], "goes without --trace"),
-        (["--lens", "x", "--output", "y"], "goes without --trace"),
-        (["--lens", "x", "--interactive"], "goes without"),
+        (["--trace", "x", "--output", "y"], "leave out --trace"),
+        (["--lens", "x", "--output", "y"], "leave out --trace"),
+        (["--lens", "x", "--interactive"], "leave out"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, options, match):
