@@ -103,6 +103,7 @@ def _run(command: list, temporary: Path) -> tuple[int, str]:
                 bar.update(max(0, _fetched(temporary) - bar.n))
         finally:
             pip.kill()  # Ctrl-C ends it, too; one that has ended is left alone
+            pip.wait()
     return pip.returncode, told.read_text(encoding="utf-8", errors="replace")
 
 
