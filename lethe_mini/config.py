@@ -22,6 +22,7 @@ class ModelConfig:
     rope_scaling: dict[str, float]  # the numbers of ROPE_TYPES[rope_type]
     tie_word_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool  # RMSNorm of every head's q and k, before RoPE (Qwen3)
     o_bias: bool
     mlp_bias: bool
     dtype: str  # the dtype that the weights were saved in

@@ -1,4 +1,4 @@
-"""The transformer of Llama and Qwen2: `model(tokens, positions, cache) -> logits`.
+"""The transformer of Llama, Mistral and Qwen: `model(tokens, positions, cache) -> logits`.
 
 Parameters carry the hub's names (less the leading `model.`), so that the loader has nothing to
 translate. The cache is passed in and is the only state. The model knows nothing of policies: it
@@ -37,6 +37,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, inner_kv, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, inner_kv, bias=config.qkv_bias)
         self.o_proj = Linear(inner, hidden, bias=config.o_bias)
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
+        self.q_norm, self.k_norm = (norm(D, config.rms_norm_eps) for _ in range(2))
 
 
 class MLP(nn.Module):
@@ -70,7 +72,7 @@ class Block(nn.Module):
         attn, normed = self.self_attn, self.input_layernorm(x)
         projections = (attn.q_proj, attn.k_proj, attn.v_proj)
         q, k, v = (p(normed).view(B, T, -1, self.head_dim).transpose(1, 2) for p in projections)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(attn.q_norm(q), cos, sin), rotate(attn.k_norm(k), cos, sin)
         if store is None:
             out, _ = attend(q, k, v, mask=None)
         else:

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policy]:
 def build_parser(own: type[Policy] | None = None) -> argparse.ArgumentParser:
     """own: a policy whose options are known beside those of the registry."""
     parser = _Parser(
-        description="Write text with a Llama or Qwen2 model while a policy, such as Lethe "
+        description="Write text with a Llama, Mistral or Qwen model while a policy, such as Lethe "
         "(arXiv 2511.06029), prunes its KV cache."
     )
     _add_model(parser.add_argument_group("model and prompts"))

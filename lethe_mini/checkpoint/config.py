@@ -1,18 +1,39 @@
 """config.json to a ModelConfig: every value is checked, since a checkpoint may hold anything.
 
-The engine runs two architectures, `LlamaForCausalLM` and `Qwen2ForCausalLM`, and three kinds of
-RoPE. Anything else raises an error that names the unsupported feature. Both spellings of RoPE are
-read: `rope_theta` with `rope_scaling` (most checkpoints on the hub), and `rope_parameters` (written
-by transformers 5).
+The engine runs the architectures of FAMILIES, and three kinds of RoPE. Anything else raises an
+error that names the unsupported feature. Both spellings of RoPE are read: `rope_theta` with
+`rope_scaling` (most checkpoints on the hub), and `rope_parameters` (written by transformers 5).
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ModelConfig
 from ..errors import UserError
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture fixes, and its defaults. A bias may be a key of config.json."""
+
+    qkv_bias: bool | str
+    o_bias: bool | str
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    head_dim: int | None = None  # where config.json does not say; None: hidden_size / heads
+    positions: int = 2048
+    window: str = "use_sliding_window"  # "always": sliding_window alone decides
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("attention_bias", "attention_bias", "mlp_bias"),
+    "MistralForCausalLM": Family(False, False, positions=131072, window="always"),
+    "Qwen2ForCausalLM": Family(True, False),
+    "Qwen3ForCausalLM": Family(
+        "attention_bias", "attention_bias", qk_norm=True, head_dim=128, positions=32768
+    ),
+}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # and the numbers they need
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,13 +83,16 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
 
     names = data.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
-    known = f"lethe-mini runs {' and '.join(ARCHITECTURES)}"
-    refuse(name not in ARCHITECTURES, f"architecture {name!r} is not supported; {known}")
+    known = f"lethe-mini runs {', '.join(FAMILIES)}"
+    strange = not isinstance(name, str) or name not in FAMILIES
+    refuse(strange, f"architecture {name!r} is not supported; {known}")
+    family = FAMILIES[name]
     quantized = data.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     instead = "take the unquantized one, or convert a GGUF (lethe_mini.checkpoint.convert_gguf)"
     refuse(quantized, f"a quantized checkpoint ({method!r}) is not supported; {instead}")
-    refuse(_has_window(data), "sliding-window attention is not supported")
+    positions = number("max_position_embeddings", default=family.positions)
+    refuse(_has_window(data, family, positions), "sliding-window attention is not supported")
     act = data.get("hidden_act")
     refuse(act not in (None, "silu", "swish"), f"hidden_act {act!r} is not supported; only silu")
 
@@ -77,8 +101,9 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     uneven = f"num_attention_heads ({heads}) is not divisible by"
     refuse(heads % kv_heads, f"{uneven} num_key_value_heads ({kv_heads})")
     uneven = f"hidden_size ({hidden}) is not divisible by num_attention_heads ({heads})"
-    refuse(data.get("head_dim") is None and hidden % heads, f"{uneven}; head_dim is not given")
-    head_dim = number("head_dim", default=max(1, hidden // heads))
+    given = data.get("head_dim") or family.head_dim
+    refuse(given is None and hidden % heads, f"{uneven}; head_dim is not given")
+    head_dim = number("head_dim", default=family.head_dim or max(1, hidden // heads))
     refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
 
     # transformers 5 keeps everything about RoPE in one dictionary; others keep theta beside it.
@@ -96,7 +121,8 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     refuse(high <= low, "high_freq_factor should be above low_freq_factor")
     theta_beside = data if rope.get("rope_theta") is None else rope
 
-    qwen2 = name == "Qwen2ForCausalLM"
+    biases = (family.qkv_bias, family.o_bias, family.mlp_bias)
+    qkv, o, mlp = (flag(one) if isinstance(one, str) else one for one in biases)
     dtype = data.get("dtype") or data.get("torch_dtype")
     return ModelConfig(
         architecture=name,
@@ -107,25 +133,30 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=number("max_position_embeddings", default=2048),
+        max_position_embeddings=positions,
         rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
         rope_theta=number("rope_theta", float, default=10000.0, source=theta_beside),
         rope_type=kind,
         rope_scaling=scaling,
         tie_word_embeddings=flag("tie_word_embeddings"),
-        qkv_bias=qwen2 or flag("attention_bias"),
-        o_bias=not qwen2 and flag("attention_bias"),
-        mlp_bias=not qwen2 and flag("mlp_bias"),
+        qkv_bias=qkv,
+        qk_norm=family.qk_norm,
+        o_bias=o,
+        mlp_bias=mlp,
         dtype=dtype if dtype in DTYPES else "float32",
     )
 
 
-def _has_window(data: dict) -> bool:
+def _has_window(data: dict, family: Family, positions: int) -> bool:
     """Does a sliding window reach any layer? `layer_types`, where given, has the last word; else
-    Qwen2's window starts at layer max_window_layers. Defaults are those of transformers."""
+    Qwen's window starts at layer max_window_layers, and Mistral's is in every layer, where one as
+    long as the positions does nothing. Defaults are those of transformers."""
     kinds = data.get("layer_types")
     if kinds:
         return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    if family.window == "always":
+        window = data.get("sliding_window", 4096)
+        return window is not None and not (isinstance(window, int) and window >= positions)
     first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
     reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
     window = data.get("use_sliding_window") and data.get("sliding_window", 4096)

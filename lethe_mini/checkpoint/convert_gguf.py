@@ -1,7 +1,7 @@
 """GGUF to a model folder: python -m lethe_mini.checkpoint.convert_gguf IN.gguf OUT_FOLDER
 
-Reads the architectures that lethe-mini runs (`llama` and `qwen2`), in any quantization that the
-`gguf` package can undo, and writes what a checkpoint on the hub holds: config.json,
+Reads files of `llama`, `qwen2` and `qwen3`, in any quantization that the `gguf` package can undo,
+and writes what a checkpoint on the hub holds: config.json,
 model.safetensors in bfloat16, tokenizer.json, tokenizer_config.json, generation_config.json.
 Anything else (another architecture, RoPE or pre-tokenizer, a tensor that the model does not have)
 raises an error that names it. The folder appears whole or not at all.
@@ -27,7 +27,11 @@ from ..config import ModelConfig
 from ..errors import UserError
 from .config import parse_config
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {  # a Mistral's file says llama
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 REFUSED = {
     "expert_count": "a mixture of experts",
     "attention.sliding_window": "sliding-window attention",
@@ -83,7 +87,7 @@ class Source:
             raise UserError(f"one of {parts} parts; join them with llama-gguf-split --merge")
         self.architecture = self.get("general.architecture", str)
         if self.architecture not in ARCHITECTURES:
-            known = " and ".join(ARCHITECTURES)
+            known = ", ".join(ARCHITECTURES)
             raise UserError(f"architecture {self.architecture!r} is not supported, only {known}")
 
     def get(self, key: str, kind: type, *default):
@@ -179,9 +183,9 @@ def make_config(source: Source) -> dict:
         "bos_token_id": source.get("tokenizer.ggml.bos_token_id", int, None),
         "eos_token_id": source.get("tokenizer.ggml.eos_token_id", int, None),
     }
-    if source.architecture == "llama":  # Qwen2 always has biases on q, k and v, and nowhere else
-        config["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
-        config["mlp_bias"] = "blk.0.ffn_gate.bias" in source.tensors
+    # Qwen2 always has biases on q, k and v, and nowhere else.
+    config["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
+    config["mlp_bias"] = "blk.0.ffn_gate.bias" in source.tensors
     config["rope_scaling"] = rope_scaling(source, head_dim, config["rope_theta"])
     return config
 
@@ -224,6 +228,9 @@ def make_weights(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]
         "ffn_up": ("mlp.up_proj", (mid, hidden), config.mlp_bias),
         "ffn_down": ("mlp.down_proj", (hidden, mid), config.mlp_bias),
     }
+    if config.qk_norm:
+        layer["attn_q_norm"] = ("self_attn.q_norm", (D,), False)
+        layer["attn_k_norm"] = ("self_attn.k_norm", (D,), False)
     plan = {
         "token_embd.weight": ("model.embed_tokens.weight", (config.vocab_size, hidden)),
         "output_norm.weight": ("model.norm.weight", (hidden,)),
@@ -242,7 +249,7 @@ def make_weights(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]
     weights = {}
     for name, (target, shape) in plan.items():
         weight = torch.from_numpy(np.require(source.weight(name, shape), requirements="W"))
-        # A llama file's RoPE turns neighbouring rows of a head; the hub's (and a qwen2 file's)
+        # A llama file's RoPE turns neighbouring rows of a head; the hub's (and a Qwen file's)
         # turns row i with row i + D/2: bring (D/2, 2) to (2, D/2).
         if source.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
             weight = weight.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).reshape(shape)

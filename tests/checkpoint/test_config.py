@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lethe_mini.checkpoint.config import DTYPES, ROPE_TYPES, parse_config, read_config, read_json
 from lethe_mini.errors import UserError
+from lethe_mini.model import Transformer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,6 +24,8 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"]}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -77,6 +81,94 @@ def test_qwen2_has_biases_on_qkv_alone_whatever_the_file_says():
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
 
 
+def test_qwen3_normalizes_q_and_k_and_has_a_head_size_of_its_own():
+    config = parse_config(QWEN3)
+    assert (config.qk_norm, config.head_dim, config.qkv_bias) == (True, 128, False)
+    assert parse_config(QWEN3 | {"head_dim": 64}).head_dim == 64
+    biased = parse_config(QWEN3 | {"attention_bias": True, "mlp_bias": True})
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, False)
+    assert parse_config(without(QWEN3, "max_position_embeddings")).max_position_embeddings == 32768
+
+
+def test_mistral_has_no_biases_whatever_the_file_says():
+    config = parse_config(MISTRAL | {"attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert not config.qk_norm
+    assert config.head_dim == 8
+
+
+@pytest.mark.parametrize("window", [None, 512, 4096])
+def test_mistrals_window_may_be_as_long_as_its_positions(window):
+    assert parse_config(MISTRAL | {"sliding_window": window}).max_position_embeddings == 512
+
+
+@pytest.mark.parametrize("window", [511, 1, "x", True])
+def test_a_mistral_whose_window_hides_tokens_is_refused(window):
+    refused(MISTRAL | {"sliding_window": window}, "sliding-window attention")
+    # Without the key it is 4096, as in transformers.
+    long = without(MISTRAL, "sliding_window") | {"max_position_embeddings": 8192}
+    refused(long, "sliding-window attention")
+
+
+# What the hub's config.json files say, and how many parameters their checkpoints have.
+HUB = {
+    "Qwen3-0.6B": (
+        QWEN3,
+        {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936}
+        | {"tie_word_embeddings": True, "rope_theta": 1000000, "max_position_embeddings": 40960}
+        | {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28},
+        596_049_920,
+    ),
+    "Qwen3-8B": (
+        QWEN3,
+        {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}
+        | {"tie_word_embeddings": False, "rope_theta": 1000000, "max_position_embeddings": 40960},
+        8_190_735_360,
+    ),
+    "Mistral-7B-v0.3": (
+        MISTRAL,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768}
+        | {"rope_theta": 1000000.0, "max_position_embeddings": 32768, "sliding_window": None},
+        7_248_023_552,
+    ),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        QWEN2,
+        {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+        | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
+        | {"rope_theta": 10000, "max_position_embeddings": 131072, "sliding_window": 4096}
+        | {"use_sliding_window": False, "max_window_layers": 21},
+        1_777_088_000,
+    ),
+    "DeepSeek-R1-Distill-Qwen-7B": (
+        QWEN2,
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+        | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+        | {"rope_theta": 10000, "max_position_embeddings": 131072, "use_sliding_window": False},
+        7_615_616_512,
+    ),
+    "DeepSeek-R1-Distill-Llama-8B": (
+        LLAMA,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        | {"rope_theta": 500000.0, "max_position_embeddings": 131072}
+        | {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        8_030_261_248,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_models_of_the_hub_have_their_parameters_to_the_last_one(name):
+    """A tied head counts once, as in the checkpoint."""
+    family, facts, count = HUB[name]
+    with torch.device("meta"):
+        model = Transformer(parse_config(family | facts))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
 def test_llama_switches_its_biases():
     config = parse_config(LLAMA | {"attention_bias": True, "mlp_bias": True})
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
@@ -129,7 +221,7 @@ def test_a_sliding_window_that_reaches_no_layer_is_none(extra):
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is not supported"),
+        ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supported"),
         ({"architectures": None}, "None is not supported"),
         ({"architectures": []}, "is not supported"),
         ({"architectures": [[]]}, "is not supported"),

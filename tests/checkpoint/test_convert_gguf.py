@@ -131,6 +131,7 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
         f"{family}.feed_forward_length": config.intermediate_size,
         f"{family}.attention.head_count": heads,
         f"{family}.attention.head_count_kv": kv_heads,
+        **({f"{family}.attention.key_length": config.head_dim} if family == "qwen3" else {}),
         f"{family}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
         f"{family}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         **tokenizer,
@@ -141,7 +142,7 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
     for key, value in keys.items():
         if value is not None:
             add(writer, key, value)
-    member = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[family]
+    member = getattr(gguf.MODEL_ARCH, family.upper())
     names = gguf.get_tensor_name_map(member, config.num_hidden_layers)
     rng, arrays = np.random.default_rng(0), {}
     for name, weight in model.state_dict().items():
@@ -174,7 +175,7 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
 def tiny(family, vocab_size, tie=False, **more):
     """A transformers model with random weights, norms and biases included."""
     torch.manual_seed(0)
-    kind = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[family]
+    kind = getattr(transformers, f"{family.capitalize()}ForCausalLM")
     sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512}
     config = kind.config_class(vocab_size=vocab_size, tie_word_embeddings=tie, **(sizes | more))
@@ -243,6 +244,19 @@ def test_qwen2_of_mixed_quantizations_equals_transformers(tmp_path):
     assert not config["tie_word_embeddings"]
     # and the oracle itself is right: what was written in full precision comes back
     assert torch.equal(read.model.norm.weight, rounded(model).model.norm.weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_qwen3_with_its_norms_of_q_and_k_equals_transformers(tmp_path, bias):
+    """And a head size of its own; 128, the only one that transformers reads from such a file."""
+    model = tiny("qwen3", 324, tie=True, head_dim=128, attention_bias=bias)
+    path = to_gguf(tmp_path / "tiny.gguf", model, vocabulary(), {"attn_v": Q.Q8_0})
+    convert(path, tmp_path / "out")
+    norm = load_file(tmp_path / "out/model.safetensors")["model.layers.1.self_attn.k_norm.weight"]
+    assert torch.equal(norm, model.model.layers[1].self_attn.k_norm.weight.bfloat16())
+    if not bias:  # transformers' own reading of a GGUF knows no such biases
+        assert_same(tmp_path / "out", reading(path))
+    assert read_json(tmp_path / "out", "config.json")["architectures"] == ["Qwen3ForCausalLM"]
 
 
 def test_llama_rows_of_q_and_k_come_back_in_order(tmp_path):

@@ -1,6 +1,6 @@
 """The transformer against transformers' own, and cached against uncached.
 
-Tiny random checkpoints of both families are written by transformers' own `save_pretrained` and read
+Tiny random checkpoints of every family are written by transformers' own `save_pretrained` and read
 by `load_model`; weights are large and biases and norms random, so that no two logits agree by
 chance. Both sides then compute in float32.
 """
@@ -21,6 +21,7 @@ from lethe_mini.checkpoint.load import load_model
 from lethe_mini.engine import Engine
 
 VOCAB, POSITIONS = 67, 509
+FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral"]
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
@@ -51,6 +52,8 @@ def reference(family, **changes):
         "rope_parameters": ROPE["default"],
         "tie_word_embeddings": False,
     }
+    if family == "Mistral":
+        sizes["sliding_window"] = None  # its default is a window
     Config = getattr(transformers, f"{family}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(Config(**sizes | changes | ENDLESS))
     with torch.no_grad():
@@ -115,13 +118,18 @@ CASES = {
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
     "qwen2-head-dim": ("Qwen2", {"head_dim": 14, "num_key_value_heads": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 10}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 4, "tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-head-dim": ("Mistral", {"head_dim": 10, "sliding_window": POSITIONS}),
 }
 
 
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(tmp_path, case, rope):
-    """Both families, each switch, each kind of RoPE, over more positions than llama3's original."""
+    """Every family, each switch, each kind of RoPE, over more positions than llama3's original."""
     family, changes = CASES[case]
     model = reference(family, rope_parameters=ROPE[rope], **changes)
     assert_same(model, loaded(model, tmp_path), torch.randint(VOCAB, (3, 131)))
@@ -129,7 +137,7 @@ def test_logits_equal_those_of_transformers(tmp_path, case, rope):
 
 @pytest.mark.parametrize("spelling", ["rope_type", "type"])
 @pytest.mark.parametrize("rope", ROPE)
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_hubs_spelling_of_rope_is_the_same_model(tmp_path, family, rope, spelling):
     """`rope_theta` beside `rope_scaling`, as checkpoints on the hub carry it."""
     model = reference(family, rope_parameters=ROPE[rope])
@@ -137,7 +145,14 @@ def test_the_hubs_spelling_of_rope_is_the_same_model(tmp_path, family, rope, spe
 
 
 @pytest.mark.parametrize(
-    ("family", "rope"), [("Llama", "llama3"), ("Llama", "linear"), ("Qwen2", "default")]
+    ("family", "rope"),
+    [
+        ("Llama", "llama3"),
+        ("Llama", "linear"),
+        ("Qwen2", "default"),
+        ("Qwen3", "default"),
+        ("Mistral", "linear"),
+    ],
 )
 def test_greedy_text_equals_that_of_transformers(tmp_path, family, rope):
     """200 tokens, prefill and decoding included, the same as transformers' own loop writes."""
@@ -154,7 +169,7 @@ def test_any_sizes_equal_transformers(data):
     """Odd sizes, head_dim beside hidden / heads, groups of 1, 2 and 3, in any combination."""
     kv_heads, group = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1), (3, 2), (5, 3)]))
     heads = kv_heads * group
-    family = data.draw(st.sampled_from(["Llama", "Qwen2"]))
+    family = data.draw(st.sampled_from(FAMILIES))
     changes = {
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -166,10 +181,10 @@ def test_any_sizes_equal_transformers(data):
         "rope_parameters": ROPE[data.draw(st.sampled_from([*ROPE]))],
         "tie_word_embeddings": data.draw(st.booleans()),
     }
+    if family in ("Llama", "Qwen3"):
+        changes["attention_bias"] = data.draw(st.booleans())
     if family == "Llama":
-        changes["attention_bias"], changes["mlp_bias"] = data.draw(
-            st.tuples(st.booleans(), st.booleans())
-        )
+        changes["mlp_bias"] = data.draw(st.booleans())
     torch.manual_seed(data.draw(st.integers(0, 99)))
     model = reference(family, **changes)
     with tempfile.TemporaryDirectory() as folder:

@@ -29,13 +29,19 @@ def exact_model():
     return new_model(torch.float64)
 
 
+@pytest.fixture(scope="module", params=["Qwen2", "Qwen3"])
+def any_model(request):
+    """With biases, and with norms of q and k; Llama and Mistral have neither."""
+    return new_model(architectures=[f"{request.param}ForCausalLM"])
+
+
 @both_positions
 @torch.inference_mode()
-def test_logits_are_those_of_a_full_pass_without_the_evicted(model, policy, compact):
+def test_logits_are_those_of_a_full_pass_without_the_evicted(any_model, policy, compact):
     """Exactness: to 1e-5 the cache computes what masks in a full pass would."""
     tokens = some_tokens(47, seed=3)
-    cache, logits, looks = run(model, policy, tokens, prompt=7, compact=compact)
-    right = full_pass(model, tokens, looks, compact)[6:]
+    cache, logits, looks = run(any_model, policy, tokens, prompt=7, compact=compact)
+    right = full_pass(any_model, tokens, looks, compact)[6:]
     torch.testing.assert_close(logits, right, atol=1e-5, rtol=1e-5)
     if not isinstance(policy, FullKV):
         assert cache.held < 3 * 47
@@ -49,9 +55,8 @@ def test_keys_are_raw_keys_turned_to_their_position_or_slot(model, policy, compa
     tokens = some_tokens(61, seed=5)
     cache, _, _ = run(model, policy, tokens, prompt=7, compact=compact)
     block, layer = model.layers[0], cache.layers[0]
-    raw = block.self_attn.k_proj(
-        block.input_layernorm(model.embed_tokens(torch.tensor(tokens)))
-    ).view(-1, 2, 10)
+    inputs = block.input_layernorm(model.embed_tokens(torch.tensor(tokens)))
+    raw = block.self_attn.k_norm(block.self_attn.k_proj(inputs).view(-1, 2, 10))
     before_rope = keys_before_rope(layer, [0])[0]
     for head, positions in enumerate(held_positions(cache)[0][0]):
         raw_keys, angles = raw[positions, head], range(len(positions)) if compact else positions

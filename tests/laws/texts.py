@@ -83,8 +83,8 @@ def full_pass(model, tokens, looks, compact=False):
     x = model.embed_tokens(torch.tensor(tokens))
     for layer, block in enumerate(model.layers):
         attn, y = block.self_attn, block.input_layernorm(x)
-        q = attn.q_proj(y).view(T, 6, 10)
-        k, v = (proj(y).view(T, 2, 10) for proj in (attn.k_proj, attn.v_proj))
+        q = attn.q_norm(attn.q_proj(y).view(T, 6, 10))
+        k, v = attn.k_norm(attn.k_proj(y).view(T, 2, 10)), attn.v_proj(y).view(T, 2, 10)
         out = torch.zeros(T, 6, 10)
         for t in range(T):
             for group in range(2):
