@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rope import inverse_frequencies, rope_cos_sin, rotate
+from .rope import rope_cos_sin, rotate
 
 BLOCK = 64  # slots; capacity is always a multiple, so shapes repeat
 
@@ -169,7 +169,7 @@ class KVCache:
         self.device = torch.device(device)
         # Keys turn again and again, so in float64 where the device has it.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        inv_freq = inverse_frequencies(config).to(self.device, wide)
+        inv_freq = torch.tensor(config.inv_freq, device=self.device, dtype=wide)
         self.layers = [
             LayerCache(index, config, batch, dtype, self.device, compact, inv_freq, notes)
             for index in range(config.num_hidden_layers)

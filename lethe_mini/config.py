@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of one transformer, under the names of `config.json`."""
+    """Sizes and switches of one transformer, mostly under the names of `config.json`."""
 
     architecture: str
     vocab_size: int
@@ -17,9 +17,8 @@ class ModelConfig:
     head_dim: int  # D
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_type: str
-    rope_scaling: dict[str, float]  # the numbers of ROPE_TYPES[rope_type]
+    inv_freq: tuple[float, ...]  # RoPE: radians a position turns each of the D/2 pairs
+    rope_factor: float  # what RoPE multiplies cos and sin by
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_norm: bool  # RMSNorm of every head's q and k, before RoPE (Qwen3)

@@ -14,7 +14,7 @@ from .attention import attend, causal_mask
 from .cache import KVCache, Store, write
 from .config import ModelConfig
 from .kernels import Linear
-from .rope import inverse_frequencies, rope_cos_sin, rotate
+from .rope import rope_cos_sin, rotate
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 
     def init_rope(self, device: torch.device | str) -> None:
         """Puts the frequencies, which no checkpoint holds, on the device of the weights."""
-        self.inv_freq = inverse_frequencies(self.config).to(device)
+        self.inv_freq = torch.tensor(self.config.inv_freq, device=device)
 
     def compile(self) -> None:
         """Opt-in: decoding through torch.compile, a layer at a time, for any size of the cache."""
@@ -124,7 +124,8 @@ class Transformer(nn.Module):
             seen = torch.tensor([0] * B if cache is None else cache.seen, device=tokens.device)
             positions = seen[:, None] + torch.arange(T, device=tokens.device)
         x = self.embed_tokens(tokens)
-        cos, sin = rope_cos_sin(positions[:, None], self.inv_freq)
+        factor = self.config.rope_factor
+        cos, sin = rope_cos_sin(positions[:, None], self.inv_freq, factor)
         layers, head = self.layers, self.head
         if T == 1 and cache is not None:
             layers, head = self.decode_layers, self.decode_head
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
             layer = cache.layers[index]
             store, slots = layer.reserve(T)
             if layer.compact:  # there a token's angle is its slot's
-                cos, sin = rope_cos_sin(slots[:, None], layer.inv_freq)
+                cos, sin = rope_cos_sin(slots[:, None], layer.inv_freq, factor)
             x, q = block(x, cos, sin, positions, store, slots, layer.notes.lag)
             layer.remember(q)
         if cache is not None:

@@ -15,7 +15,7 @@ ROOMS = {  # room or module: what it may import of the package, beside itself
     "errors": [],
     "kernels": [],
     "config": [],
-    "rope": ["config"],
+    "rope": [],
     "options": ["errors"],
     "jsonlines": ["errors"],
     "cache": ["rope"],

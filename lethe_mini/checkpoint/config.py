@@ -1,8 +1,8 @@
 """config.json to a ModelConfig: every value is checked, since a checkpoint may hold anything.
 
-The engine runs the architectures of FAMILIES, and three kinds of RoPE. Anything else raises an
-error that names the unsupported feature. Both spellings of RoPE are read: `rope_theta` with
-`rope_scaling` (most checkpoints on the hub), and `rope_parameters` (written by transformers 5).
+The engine runs the architectures of FAMILIES, and the kinds of RoPE of rope.py. Anything else
+raises an error that names the unsupported feature. Both spellings of RoPE are read: `rope_theta`
+with `rope_scaling` (most checkpoints on the hub), and `rope_parameters` (of transformers 5).
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..errors import UserError
+from .rope import ROPE_TYPES, YARN, YARN_FACTORS, inverse_frequencies, rope_factor
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,6 @@ FAMILIES = {
         "attention_bias", "attention_bias", qk_norm=True, head_dim=128, positions=32768
     ),
 }
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # and the numbers they need
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,8 +75,8 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
         refuse(not fits, f"{key} should be a positive number, not {value!r}")
         return kind(value)
 
-    def flag(key) -> bool:
-        value = False if data.get(key) is None else data[key]
+    def flag(key, default=False, source=data) -> bool:
+        value = default if source.get(key) is None else source[key]
         refuse(not isinstance(value, bool), f"{key} should be true or false, not {value!r}")
         return value
 
@@ -105,6 +104,7 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     refuse(given is None and hidden % heads, f"{uneven}; head_dim is not given")
     head_dim = number("head_dim", default=family.head_dim or max(1, hidden // heads))
     refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
+    refuse(head_dim > 2**16, f"head_dim ({head_dim}) is larger than {2**16}")
 
     # transformers 5 keeps everything about RoPE in one dictionary; others keep theta beside it.
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
@@ -120,6 +120,16 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     refuse(high <= low, "high_freq_factor should be above low_freq_factor")
     theta_beside = data if rope.get("rope_theta") is None else rope
+    theta = number("rope_theta", float, default=10000.0, source=theta_beside)
+    if kind == "yarn":
+        refuse(theta <= 1, f"rope_theta should be above 1 for yarn, not {theta}")
+        key = "original_max_position_embeddings"
+        scaling[key] = number(key, float, default=positions, source=rope)
+        scaling["truncate"] = flag("truncate", default=True, source=rope)
+        scaling |= {key: number(key, float, default, rope) for key, default in YARN.items()}
+        given = [key for key in YARN_FACTORS if rope.get(key) is not None]
+        scaling |= {key: number(key, float, source=rope) for key in given}
+        refuse(scaling["beta_fast"] <= scaling["beta_slow"], "beta_fast should be above beta_slow")
 
     biases = (family.qkv_bias, family.o_bias, family.mlp_bias)
     qkv, o, mlp = (flag(one) if isinstance(one, str) else one for one in biases)
@@ -135,9 +145,8 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
         head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
-        rope_theta=number("rope_theta", float, default=10000.0, source=theta_beside),
-        rope_type=kind,
-        rope_scaling=scaling,
+        inv_freq=inverse_frequencies(kind, theta, head_dim, scaling),
+        rope_factor=rope_factor(kind, scaling),
         tie_word_embeddings=flag("tie_word_embeddings"),
         qkv_bias=qkv,
         qk_norm=family.qk_norm,

@@ -469,7 +469,7 @@ DAMAGE = {
     "a layer more": (lambda f: edit(f, num_hidden_layers=3), "missing: layers.2"),
     "a layer less": (lambda f: edit(f, num_hidden_layers=1), "unexpected: model.layers.1"),
     "architecture": (lambda f: edit(f, architectures=["MambaForCausalLM"]), "'MambaForCausalLM'"),
-    "RoPE": (lambda f: edit(f, rope_scaling={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
+    "RoPE": (lambda f: edit(f, rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is no tokenizer"),
     "tokenizer of another": (lambda f: shrink(f), "from 0 to 30"),
     "truncated": (lambda f: cut(f, -7), "is damaged or no safetensors file"),

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lethe_mini.checkpoint.config import DTYPES, ROPE_TYPES, parse_config, read_config, read_json
+from lethe_mini.checkpoint.config import DTYPES, parse_config, read_config, read_json
+from lethe_mini.checkpoint.rope import ROPE_TYPES, YARN, YARN_FACTORS, inverse_frequencies
 from lethe_mini.errors import UserError
 from lethe_mini.model import Transformer
 
@@ -53,7 +54,8 @@ def test_sizes_are_read_and_the_rest_has_transformers_defaults():
     assert (config.num_hidden_layers, config.num_attention_heads) == (3, 6)
     assert (config.num_key_value_heads, config.head_dim) == (2, 8)
     assert config.rms_norm_eps == 1e-5
-    assert (config.rope_theta, config.rope_type, config.rope_scaling) == (10000.0, "default", {})
+    assert config.inv_freq == inverse_frequencies("default", 10000.0, 8, {})
+    assert config.rope_factor == 1.0
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
     assert config.tie_word_embeddings is False
     assert config.dtype == "float32"
@@ -110,6 +112,22 @@ def test_a_mistral_whose_window_hides_tokens_is_refused(window):
     refused(long, "sliding-window attention")
 
 
+def test_yarn_factors_of_attention():
+    """Given, or 0.1 ln(factor) + 1; `attn_factor` multiplies that, as in yarn's own code: in
+    DeepSeek-R1-0528-Qwen3-8B the two make 1."""
+
+    def factor(**numbers):
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+        return parse_config(QWEN3 | {"rope_scaling": rope | numbers}).rope_factor
+
+    assert factor() == pytest.approx(1.13863, abs=1e-5)
+    assert factor(attention_factor=0.5) == 0.5
+    assert factor(attn_factor=0.8782488562869419) == pytest.approx(1, abs=1e-6)
+    assert factor(mscale=2.0, mscale_all_dim=1.0) == pytest.approx(1.27726 / 1.13863, abs=1e-5)
+    assert factor(factor=0.5) == 1
+    assert parse_config(QWEN3).rope_factor == 1
+
+
 # What the hub's config.json files say, and how many parameters their checkpoints have.
 HUB = {
     "Qwen3-0.6B": (
@@ -125,6 +143,17 @@ HUB = {
         {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
         | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}
         | {"tie_word_embeddings": False, "rope_theta": 1000000, "max_position_embeddings": 40960},
+        8_190_735_360,
+    ),
+    "DeepSeek-R1-0528-Qwen3-8B": (
+        QWEN3,
+        {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}
+        | {"tie_word_embeddings": False, "rope_theta": 1000000, "max_position_embeddings": 131072}
+        | {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8782488562869419}
+            | {"original_max_position_embeddings": 32768}
+        },
         8_190_735_360,
     ),
     "Mistral-7B-v0.3": (
@@ -189,14 +218,13 @@ def test_both_spellings_of_rope_say_the_same(kind, numbers):
     newest = LLAMA | {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **numbers}}
     config = parse_config(old)
     assert config == parse_config(newer) == parse_config(newest)
-    assert (config.rope_theta, config.rope_type) == (5e5, kind)
-    assert config.rope_scaling == {key: float(value) for key, value in numbers.items()}
-    assert set(config.rope_scaling) == set(ROPE_TYPES[kind])
+    assert config.inv_freq == inverse_frequencies(kind, 5e5, 8, numbers)
+    assert set(numbers) == set(ROPE_TYPES[kind])
 
 
 def test_theta_beside_a_rope_dictionary_still_counts():
     data = LLAMA | {"rope_theta": 3e6, "rope_parameters": {"rope_type": "default"}}
-    assert parse_config(data).rope_theta == 3e6
+    assert parse_config(data).inv_freq == inverse_frequencies("default", 3e6, 8, {})
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -237,7 +265,21 @@ def test_a_sliding_window_that_reaches_no_layer_is_none(extra):
         ({"layer_types": 7}, "sliding-window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}}, "'factor' is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": 32}}, "beta_fast should be"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}},
+            "truncate should be",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}, "rope_theta": 1},
+            "rope_theta should",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": -1}},
+            "mscale should be",
+        ),
+        ({"head_dim": 2**17}, "head_dim .131072. is larger than"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic'"),
         ({"rope_scaling": {"type": ["linear"]}}, "RoPE type"),
         ({"rope_scaling": "linear"}, "should be an object"),
@@ -284,6 +326,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 ROPE_KEYS = ["type", "rope_type", "rope_theta", "partial_rotary_factor", *LLAMA3]
+ROPE_KEYS += [*YARN, *YARN_FACTORS, "truncate"]
 rope = st.dictionaries(
     st.sampled_from(ROPE_KEYS), st.sampled_from([*ROPE_TYPES, 8.0, 2, None]) | json_values
 )
@@ -295,7 +338,10 @@ keys = st.sampled_from([*LLAMA, *OTHERS])
 values = json_values | rope | st.integers(1, 64)
 
 
-@given(st.sampled_from([LLAMA, QWEN2, {}]), st.dictionaries(keys | st.text(), values, max_size=5))
+@given(
+    st.sampled_from([LLAMA, MISTRAL, QWEN2, QWEN3, {}]),
+    st.dictionaries(keys | st.text(), values, max_size=5),
+)
 def test_any_json_gives_a_config_or_one_line(base, extra):
     refusal = None
     try:
@@ -308,8 +354,8 @@ def test_any_json_gives_a_config_or_one_line(base, extra):
     assert config.num_attention_heads % config.num_key_value_heads == 0
     assert config.head_dim > 0
     assert config.head_dim % 2 == 0
-    assert config.rope_theta > 0
-    assert set(config.rope_scaling) == set(ROPE_TYPES[config.rope_type])
+    assert len(config.inv_freq) == config.head_dim // 2
+    assert config.rope_factor > 0
     assert config.dtype in DTYPES
 
 

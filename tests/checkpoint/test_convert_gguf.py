@@ -31,6 +31,7 @@ from lethe_mini.checkpoint import convert_gguf
 from lethe_mini.checkpoint.config import read_config
 from lethe_mini.checkpoint.convert_gguf import convert
 from lethe_mini.checkpoint.demo import fetch
+from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.errors import UserError
 
 Q = gguf.GGMLQuantizationType
@@ -312,8 +313,8 @@ def test_linear_rope(tmp_path, change, wanted):
     change = {f"qwen2.{key}": value for key, value in change.items()}
     path = to_gguf(tmp_path / "tiny.gguf", model, vocabulary(), change=change)
     config = convert(path, tmp_path / "out")
-    assert config.rope_type == rope["rope_type"]
-    assert config.rope_scaling == ({"factor": wanted} if wanted else {})
+    numbers = {"factor": wanted} if wanted else {}
+    assert config.inv_freq == inverse_frequencies(rope["rope_type"], 20000.0, 16, numbers)
     assert_same(tmp_path / "out", rounded(model))
 
 

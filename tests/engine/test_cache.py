@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lethe_mini.cache import BLOCK, KVCache, Notes
+from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.generation.stats import allocated, token_bytes
 from lethe_mini.policies import (
     H2O,
@@ -38,9 +39,7 @@ SIZES = SimpleNamespace(
     num_attention_heads=HEADS,
     num_key_value_heads=KV_HEADS,
     head_dim=D,
-    rope_type="default",
-    rope_theta=10000.0,
-    rope_scaling={},
+    inv_freq=inverse_frequencies("default", 10000.0, D, {}),
 )
 POLICIES = {
     "full": lambda **_: FullKV(),

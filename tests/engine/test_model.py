@@ -34,6 +34,20 @@ ROPE = {
         "original_max_position_embeddings": 101,
     },
 }
+ROPE["yarn"] = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 101,
+}
+ROPE["yarn-all"] = ROPE["yarn"] | {
+    "beta_fast": 20.0,
+    "beta_slow": 2.0,
+    "truncate": False,
+    "mscale": 1.5,
+    "mscale_all_dim": 0.5,
+}
+ROPE["yarn-given"] = ROPE["yarn"] | {"attention_factor": 0.75}
 ENDLESS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 transformers.utils.logging.disable_progress_bar()
@@ -150,7 +164,7 @@ def test_the_hubs_spelling_of_rope_is_the_same_model(tmp_path, family, rope, spe
         ("Llama", "llama3"),
         ("Llama", "linear"),
         ("Qwen2", "default"),
-        ("Qwen3", "default"),
+        ("Qwen3", "yarn"),
         ("Mistral", "linear"),
     ],
 )

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe_mini.attention import attend, received_mass
 from lethe_mini.cache import KVCache, Notes
+from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.errors import UserError
 from lethe_mini.options import split_budget
 from lethe_mini.policies import H2O, POLICIES, RKV, TOVA, LethePlus, PyramidKV, SnapKV
@@ -42,7 +43,7 @@ def cache_of(layers=1, batch=1, heads=3, width=4, group=2, dtype=None, notes=Non
     """noted: what the cache notes, as in Notes; or give these themselves."""
     sizes = {"num_attention_heads": heads * group, "num_key_value_heads": heads}
     sizes |= {"num_hidden_layers": layers, "head_dim": width}
-    sizes |= {"rope_type": "default", "rope_theta": 10000.0, "rope_scaling": {}}
+    sizes["inv_freq"] = inverse_frequencies("default", 10000.0, width, {})
     notes = notes or Notes(**noted)
     return KVCache(SimpleNamespace(**sizes), batch=batch, dtype=dtype, notes=notes)
 

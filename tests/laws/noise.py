@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_policies import protected_of
 
 from lethe_mini.cache import KVCache
+from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.policies import LethePlus
 from lethe_mini.policy import Lethe, Pruner
 
@@ -25,7 +26,7 @@ rounds_of_a_batch = st.lists(
 
 def new_cache(policy, prompt=0, compact=False, layers=3, dtype=None):
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
-    sizes |= {"rope_type": "default", "rope_theta": 10000.0, "rope_scaling": {}}
+    sizes["inv_freq"] = inverse_frequencies("default", 10000.0, 10, {})
     config = SimpleNamespace(**sizes, num_hidden_layers=layers)
     cache = KVCache(config, dtype=dtype, compact=compact, notes=policy.notes())
     cache.prompt = [prompt]

@@ -29,10 +29,14 @@ def exact_model():
     return new_model(torch.float64)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.fixture(scope="module", params=["Qwen2", "Qwen3"])
 def any_model(request):
-    """With biases, and with norms of q and k; Llama and Mistral have neither."""
-    return new_model(architectures=[f"{request.param}ForCausalLM"])
+    """With biases; and with norms of q and k, and yarn. Llama and Mistral have none of these."""
+    more = {} if request.param == "Qwen2" else {"rope_parameters": YARN}
+    return new_model(architectures=[f"{request.param}ForCausalLM"], **more)
 
 
 @both_positions

@@ -7,8 +7,9 @@ import dataclasses
 import math
 
 import torch
-from noise import held_positions, new_cache
+from noise import held_positions
 
+from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
@@ -50,7 +51,8 @@ def run(model, policy, tokens, prompt, compact=False):
     Returns the cache, the logits of every step, and what each query may look at: [layer][head][t],
     the positions held when token t came, its own included.
     """
-    cache = new_cache(policy, prompt, compact)
+    cache = KVCache(model.config, compact=compact, notes=policy.notes())
+    cache.prompt = [prompt]
     looks = [[[list(range(t + 1)) for t in range(prompt)] for _ in range(2)] for _ in range(3)]
     logits = [model(torch.tensor([tokens[:prompt]]), cache=cache)[0, -1]]
     policy.round(cache, policy.due(cache, prefilled=True))
@@ -92,7 +94,8 @@ def full_pass(model, tokens, looks, compact=False):
                 angles = list(range(len(held))) if compact else held
                 keys = turned(k[held, group], angles, model.inv_freq)
                 queries = turned(q[t, 3 * group : 3 * group + 3], [angles[-1]], model.inv_freq)
-                weights = (queries @ keys.T / math.sqrt(10)).softmax(dim=-1)
+                scale = model.config.rope_factor**2 / math.sqrt(10)  # on queries and on keys
+                weights = (queries @ keys.T * scale).softmax(dim=-1)
                 out[t, 3 * group : 3 * group + 3] = (weights @ v[held, group].double()).float()
         x = x + attn.o_proj(out.view(T, 60))
         x = x + block.mlp(block.post_attention_layernorm(x))
