@@ -10,6 +10,7 @@ of the text.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from .kernels import grouped_logits, grouped_values, lagged, received_mass, widened
 
@@ -37,13 +38,10 @@ def attend(
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
     if T > 1:
-        seen, square = mask, mask is None and S == T
-        if mask is None and not square:  # PyTorch's is_causal would align it top-left
-            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        # PyTorch's is_causal would align it top-left.
+        seen = causal_lower_right(T, S) if mask is None else mask
         dtype, (q, k, v) = v.dtype, widened(q, k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=square, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return out.to(dtype), received_mass(q, k, mask, lag) if want_mass else None
     mask = q.new_ones(1, 1, 1, S, dtype=torch.bool) if mask is None else mask
     logits = grouped_logits(q.view(B, H_kv, H // H_kv, D) * D**-0.5, k)

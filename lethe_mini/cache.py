@@ -4,8 +4,10 @@ A *slot* is a place in the storage, a *position* a token's place in the text. Th
 first round of pruning, so every slot carries its position. Three things always hold:
 
 - the held slots of a sequence are 0 .. length - 1, its positions strictly increasing along them;
-- each layer has its own length for every sequence, and what lies beyond it is zero, never attended;
-- storage moves in blocks of BLOCK slots, and shrinks when a round leaves room.
+- each layer has its own length for every sequence: the tokens seen, less those it evicted. What
+  lies beyond it is zero and never attended;
+- storage stays where it is, and as large, until a round, a sequence that comes or goes, or a token
+  without room. So a decoding step, which counts tokens up on the device, can be captured.
 
 Policies (policy.py) decide what stays.
 """
@@ -15,25 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import BLOCK, Store, blocks, gathered, grown, kept_slots, spare, to_device, widest
 from .rope import rope_cos_sin, rotate
-
-BLOCK = 64  # slots; capacity is always a multiple, so shapes repeat
-
-Store = dict[str, Tensor]  # keys, values (B, H_kv, S, D); positions, perhaps scores (B, H_kv, S)
-
-
-def blocks(slots: int) -> int:
-    """`slots` rounded up to whole blocks."""
-    return -(-slots // BLOCK) * BLOCK
-
-
-def write(store: Store, slots: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
-    """Puts T tokens in their slots. k, v: (B, H_kv, T, D); slots, positions: (B, T)."""
-    rows = torch.arange(len(slots), device=slots.device)[:, None]
-    store["keys"][rows, :, slots] = k.transpose(1, 2)
-    store["values"][rows, :, slots] = v.transpose(1, 2)
-    heads = k.shape[1]
-    store["positions"][rows, :, slots] = positions.int()[..., None].expand(-1, -1, heads)
 
 
 @dataclass(frozen=True)
@@ -43,13 +28,17 @@ class Notes:
     scored: bool = False  # a score per slot, float32 whatever the model's dtype
     window: int = 0  # the last queries, so many
     lag: int = 0  # for LethePlus alone: tokens after which attention to a token counts
+    interval: int = 0  # tokens between two rounds: the room that a round leaves
+    threshold: int = 0  # where Algorithm 1's thresholds start
 
 
-def _grown(x: Tensor, capacity: int) -> Tensor:
-    """(B, H_kv, S, ...) in new storage of `capacity` slots, zero beyond S."""
-    new = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
-    new[:, :, : x.shape[2]] = x
-    return new
+@dataclass
+class Seen:
+    """Tokens seen, per sequence; a cache and its layers share it."""
+
+    counts: list[int]  # for the host
+    next: Tensor  # (B,) int64, the same on the device: the next token's position
+    changes: int = 0  # how often a layer evicted tokens or moved its storage
 
 
 class LayerCache:
@@ -58,10 +47,11 @@ class LayerCache:
     notes: see Notes. compact: a key's RoPE angle is that of its slot, not of its position.
     """
 
-    def __init__(self, index, config, batch, dtype, device, compact, inv_freq, notes: Notes):
-        self.index, self.notes = index, notes
+    def __init__(self, index, config, seen: Seen, dtype, compact, inv_freq, notes: Notes):
+        self.index, self.seen, self.notes = index, seen, notes
         self.compact, self.inv_freq = compact, inv_freq
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        batch, device = len(seen.counts), seen.next.device
         empty = torch.zeros(batch, kv_heads, 0, device=device)
         wide = torch.zeros(batch, kv_heads, 0, config.head_dim, device=device, dtype=dtype)
         self.store: Store = {"keys": wide, "values": wide, "positions": empty.int()}
@@ -69,92 +59,109 @@ class LayerCache:
             self.store["scores"] = empty
         # (B, H, window, D), newest last; zeros where there are none yet.
         self.queries = wide.new_zeros(batch, heads, notes.window, config.head_dim)
-        self.thresholds = [0] * batch  # Algorithm 1's, per sequence; 0: Lethe.evict_threshold
-        self._hold([0] * batch)
+        self.evicted = [0] * batch  # tokens that left, for the host
+        self.gone = torch.zeros_like(seen.next)  # (B,) the same on the device
+        self.thresholds = [notes.threshold] * batch
 
     keys = property(lambda self: self.store["keys"][:, :, : self.length])
     values = property(lambda self: self.store["values"][:, :, : self.length])
     positions = property(lambda self: self.store["positions"][:, :, : self.length])
     scores = property(lambda self: self.store["scores"][:, :, : self.length])
     capacity = property(lambda self: self.store["keys"].shape[2])
+    length = property(lambda self: max(self.lengths, default=0))  # of the longest sequence
+    filled = property(lambda self: self.seen.next - self.gone)  # (B,) lengths, on the device
 
-    def _hold(self, lengths: list[int]) -> None:
-        """Notes the tokens held per sequence: for the host, for the device, and the most of all."""
-        self.lengths, self.length = lengths, max(lengths, default=0)
-        self.filled = torch.tensor(lengths, device=self.store["keys"].device).long()  # (B,)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held, per sequence."""
+        pairs = zip(self.seen.counts, self.evicted, strict=True)
+        return [seen - evicted for seen, evicted in pairs]
 
     def valid(self) -> Tensor:
         """(B, 1, S) bool: which slots hold a token."""
-        slots = torch.arange(self.length, device=self.filled.device)
+        slots = torch.arange(self.length, device=self.gone.device)
         return (slots < self.filled[:, None])[:, None]
 
-    def reserve(self, T: int) -> tuple[Store, Tensor]:
-        """Makes room for T more tokens of every sequence: what to write to and look at, and (B, T)
-        the slots they take. While decoding that is all storage: a new shape at every step would
-        cost time and memory."""
-        if self.length + T > self.capacity:
-            self._resize(blocks(self.length + T))
-        slots = self.filled[:, None] + torch.arange(T, device=self.filled.device)
-        self.filled = self.filled + T
-        self.lengths, self.length = [n + T for n in self.lengths], self.length + T
+    def place(self, T: int) -> tuple[Store, Tensor]:
+        """For T more tokens of every sequence: what to write to and look at, and the slots (B, T)
+        they take. While decoding that is all storage: a new shape at every step would cost time and
+        memory."""
+        slots = self.filled[:, None] + torch.arange(T, device=self.gone.device)
         if T == 1:
             return self.store, slots
-        return {name: t[:, :, : self.length] for name, t in self.store.items()}, slots
+        return {name: t[:, :, : self.length + T] for name, t in self.store.items()}, slots
 
     def remember(self, q: Tensor) -> None:
         """Keeps the last queries, as many as the policy wants; q: (B, H, T, D)."""
-        window = self.notes.window
-        if window:
-            self.queries = torch.cat((self.queries, q), dim=2)[:, :, -window:].clone()
+        if self.notes.window:
+            newest = torch.cat((self.queries, q), dim=2)[:, :, -self.notes.window :]
+            self.queries.copy_(newest)
 
-    def _resize(self, capacity: int) -> None:
+    def resize(self, capacity: int) -> None:
+        """Moves to new storage of so many slots."""
         for name, old in self.store.items():
-            self.store[name] = _grown(old[:, :, : self.length], capacity)
+            self.store[name] = grown(old[:, :, : self.length], capacity)
+        self.seen.changes += 1
 
-    def evict(self, rows: list[int], kept: list[Tensor]) -> None:
-        """Sequence rows[i] keeps the slots kept[i], the others all; storage shrinks with them.
+    def evict(self, rows: list[int], kept: Tensor, counts: list[int]) -> None:
+        """Sequence rows[i] keeps the slots kept[i], the others of the batch all. Storage shrinks to
+        what is held and the interval's room; it stays where it is if it is hardly larger.
 
-        kept[i]: (1 or H_kv, n) int64, ascending, each head's own n slots or the same for all heads.
+        kept: (len(rows), 1 or H_kv, S) bool, True in counts[i] slots of every head.
         """
-        B, H_kv = self.store["keys"].shape[:2]
-        slots, counts = torch.arange(self.length, device=self.filled.device), list(self.lengths)
-        indices = slots.repeat(B, H_kv, 1)  # (B, H_kv, S)
-        for row, chosen in zip(rows, kept, strict=True):
-            counts[row] = chosen.shape[1]
-            indices[row, :, : counts[row]] = chosen
-        if counts == self.lengths:
+        before, device = self.lengths, self.gone.device
+        if counts == [before[row] for row in rows]:
             return
-        before = self.filled
-        self._hold(counts)
-        slots, indices = slots[: self.length], indices[:, :, : self.length]  # (n,), (B, H_kv, n)
-        beyond = slots >= self.filled[:, None, None]  # (B, 1, n)
-        row, head = (torch.arange(size, device=slots.device)[:, None] for size in (B, H_kv))
+        n, row, count = max(counts), *to_device([rows, counts], device)
+        old_slots = kept_slots(kept, n)  # (R, 1 or H_kv, n)
+        for index, held in zip(rows, counts, strict=True):
+            self.evicted[index] += before[index] - held
+        turns = self.gone.clone()
+        turns -= self.gone.copy_(to_device(self.evicted, device))
+        capacity = self.capacity_for(self.length)
         for name, old in self.store.items():
-            moved = old[row[..., None], head, indices]  # (B, H_kv, n) or (B, H_kv, n, D)
-            moved.masked_fill_(beyond[..., None] if old.dim() == 4 else beyond, 0)
-            self.store[name] = _grown(moved, blocks(self.length))
-        if self.compact:  # keys turn to their new slots, the queries with the newest
-            self.keys.copy_(rotate(self.keys, *rope_cos_sin(slots - indices, self.inv_freq)))
-            angles = rope_cos_sin((self.filled - before)[:, None, None], self.inv_freq)
-            self.queries = rotate(self.queries, *angles)
+            moved = gathered(old, row, old_slots, count)
+            if name == "keys" and self.compact:  # a key turns to its new slot
+                turn = torch.arange(n, device=device) - old_slots
+                moved = rotate(moved, *rope_cos_sin(turn, self.inv_freq))
+            if capacity != old.shape[2]:
+                old = grown(old[:, :, : self.length], capacity)
+            old[row, :, :n], old[row, :, n:] = moved, 0
+            self.store[name] = old
+        if self.compact:  # the queries turn with the newest
+            turned = rotate(self.queries, *rope_cos_sin(turns[:, None, None], self.inv_freq))
+            self.queries.copy_(turned)
+        self.seen.changes += 1
 
-    def select(self, rows: list[int]) -> None:
-        """Keeps these sequences, in this order; one may appear twice, as a fork of itself."""
-        self._hold([self.lengths[row] for row in rows])
+    def capacity_for(self, length: int) -> int:
+        """Slots for so many tokens and those that come before the next round; what is there, if
+        that is hardly more, so that storage need not move."""
+        room = self.notes.interval or spare(length, self.gone.device)
+        wanted = blocks(length + min(room, max(4 * BLOCK, length // 8)))
+        fits = wanted <= self.capacity <= wanted + max(BLOCK, wanted // 8)
+        return self.capacity if fits else wanted
+
+    def select(self, rows: list[int], index: Tensor) -> None:
+        """Keeps these sequences, in this order; one may appear twice, as a fork of itself.
+        index: (len(rows),) the same."""
+        length = max((self.lengths[row] for row in rows), default=0)
         for name, old in self.store.items():
-            self.store[name] = _grown(old[rows][:, :, : self.length], blocks(self.length))
-        self.queries = self.queries[rows]
+            self.store[name] = grown(old[index][:, :, :length], self.capacity_for(length))
+        self.queries, self.gone = self.queries[index], self.gone[index]
+        self.evicted = [self.evicted[row] for row in rows]
         self.thresholds = [self.thresholds[row] for row in rows]
 
     def join(self, other: "LayerCache") -> None:
         """Appends the other's sequences behind these; the other is used up."""
+        capacity = self.capacity_for(max(self.length, other.length))
         for layer in (self, other):
-            layer._resize(blocks(max(self.length, other.length)))
+            layer.resize(capacity)
         for name in self.store:
             self.store[name] = torch.cat((self.store[name], other.store.pop(name)))
         self.queries = torch.cat((self.queries, other.queries))
+        self.gone = torch.cat((self.gone, other.gone))
+        self.evicted = self.evicted + other.evicted
         self.thresholds = self.thresholds + other.thresholds
-        self._hold(self.lengths + other.lengths)
 
 
 class KVCache:
@@ -168,29 +175,58 @@ class KVCache:
     ):
         self.device = torch.device(device)
         # Keys turn again and again, so in float64 where the device has it.
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        inv_freq = torch.tensor(config.inv_freq, device=self.device, dtype=wide)
+        inv_freq = torch.tensor(config.inv_freq, dtype=widest(self.device), device=self.device)
+        self.tokens = Seen([0] * batch, torch.zeros(batch, dtype=torch.long, device=self.device))
         self.layers = [
-            LayerCache(index, config, batch, dtype, self.device, compact, inv_freq, notes)
+            LayerCache(index, config, self.tokens, dtype, compact, inv_freq, notes)
             for index in range(config.num_hidden_layers)
         ]
-        self.seen = [0] * batch  # tokens seen: the next position
-        self.prompt = [0] * batch  # of these, tokens of the prompt
+        self.prompt = [0] * batch  # of the tokens seen, those of the prompt
+        self._measured = -1
 
+    seen = property(lambda self: self.tokens.counts)  # tokens seen: the next position
+    next = property(lambda self: self.tokens.next)  # (B,) int64, the same on the device
+    changes = property(lambda self: self.tokens.changes)
     scores = property(lambda self: [layer.store["scores"] for layer in self.layers])
-    held = property(lambda self: sum(sum(layer.lengths) for layer in self.layers))  # tokens, in all
+
+    def tensors(self) -> list[Tensor]:
+        """All that a decoding step reads or writes."""
+        layers = [(*x.store.values(), x.queries, x.gone) for x in self.layers]
+        return [self.next, *(tensor for layer in layers for tensor in layer)]
+
+    @property
+    def held(self) -> int:
+        """Tokens held, over all layers and sequences."""
+        return len(self.layers) * sum(self.seen) - sum(sum(layer.evicted) for layer in self.layers)
 
     def next_angle(self, row: int) -> int:
         """The RoPE position of a sequence's next token; in compact mode its highest slot."""
-        if not self.layers[0].compact:
-            return self.seen[row]
-        return max(layer.lengths[row] for layer in self.layers)
+        evicted = min(layer.evicted[row] for layer in self.layers)
+        return self.seen[row] - (evicted if self.layers[0].compact else 0)
+
+    def reserve(self, T: int) -> None:
+        """Room for T more tokens of every sequence. Storage moves only where there is none."""
+        seen = max(self.seen, default=0)
+        if self._measured != self.changes:  # between two changes all layers grow alike
+            room = min(layer.capacity - layer.length for layer in self.layers)
+            self._measured, self._full = self.changes, seen + room
+        if seen + T > self._full:
+            for layer in self.layers:
+                if layer.length + T > layer.capacity:
+                    layer.resize(layer.capacity_for(layer.length + T))
+
+    def count(self, T: int) -> None:
+        """The host's part of T more tokens of every sequence; the device adds them to `next`."""
+        self.tokens.counts = [seen + T for seen in self.seen]
 
     def select(self, rows: list[int]) -> None:
         """Keeps these sequences, in this order (LayerCache.select)."""
+        index = to_device(rows, self.device)
         for layer in self.layers:
-            layer.select(rows)
-        self.seen = [self.seen[row] for row in rows]
+            layer.select(rows, index)
+        self.tokens.counts = [self.seen[row] for row in rows]
+        self.tokens.next = self.next[index]
+        self.tokens.changes += 1
         self.prompt = [self.prompt[row] for row in rows]
 
     def join(self, other: "KVCache") -> None:
@@ -198,5 +234,7 @@ class KVCache:
         one layer is needed and not of a second cache."""
         for mine, its in zip(self.layers, other.layers, strict=True):
             mine.join(its)
-        self.seen = self.seen + other.seen
+        self.tokens.counts = self.seen + other.seen
+        self.tokens.next = torch.cat((self.next, other.next))
+        self.tokens.changes += 1
         self.prompt = self.prompt + other.prompt

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .errors import UserError
+from .generation.capture import Replayed
 from .generation.interrupts import held_back_interrupts
 from .generation.requests import Request, read_request
 from .generation.roster import Roster
 from .generation.sampling import Sampling, sample
 from .generation.stats import Generated, Meter, Result
+from .kernels import to_device
 from .model import Transformer
 from .policy import FullKV, Policy
 
@@ -60,7 +61,7 @@ class Engine:
         system: str | None = None,
         raw: bool = False,
         positions: str = "absolute",
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         cache: KVCache | None = None,
         on_token: Callable[[int, int], None] | None = None,
         on_finish: Callable[[int, Generated], None] | None = None,
@@ -82,8 +83,6 @@ class Engine:
         Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
-        if not isinstance(policy, Policy):
-            raise UserError(f"policy should be a policy such as Lethe(), not {policy!r}")
         sampling = Sampling.of(sampling, draws)
         request = read_request(
             self, policy, prompts, max_new_tokens, num_samples, batch_size, prefill_chunk,
@@ -98,7 +97,7 @@ class Engine:
         if pressed:
             roster.interrupt()
             run.leave([])
-        return Result(roster.sequences, meter.close())
+        return Result(roster.sequences, meter.close(run.replayed.seconds))
 
     def new_cache(self, policy: Policy, positions: str = "absolute") -> KVCache:
         """An empty cache for one sequence, with what the policy needs."""
@@ -108,7 +107,7 @@ class Engine:
 
 @dataclass
 class _Run:
-    """One call of `generate`. Row r of the cache and of the logits is sequence roster.live[r]."""
+    """One call of `generate`. Row r of the cache, and column r of `state`, is roster.live[r]'s."""
 
     engine: Engine
     policy: Policy
@@ -118,7 +117,10 @@ class _Run:
     meter: Meter
     on_step: Callable[[KVCache], None] | None
     cache: KVCache | None = None
-    logits: Tensor | None = None  # (rows, vocab)
+    state: Tensor | None = None  # (3, rows) int64: the token chosen last, and its draws (`sample`)
+
+    def __post_init__(self):
+        self.replayed = Replayed(self.forward, self.engine.device)
 
     def until_done(self, pressed: list) -> None:
         """Runs until every sequence has ended, or `pressed` is not empty: the user wants an end."""
@@ -139,6 +141,7 @@ class _Run:
             self.policy.decay(cache)  # one prefill is one update, however it is chunked
         else:
             cache.prompt = [len(ids)]
+        cache.reserve(len(ids))
         for first in range(0, len(ids), chunk):
             if pressed:
                 return
@@ -148,33 +151,38 @@ class _Run:
         samples = self.roster.samples(room)
         if len(samples) > 1:
             cache.select([0] * len(samples))
-            logits = logits.repeat(len(samples), 1)
+        nothing = [0] * len(samples)
+        state = to_device([nothing, self.roster.seeds(samples), nothing], self.engine.device)
+        state[0] = sample(logits.expand(len(samples), -1), state[1:], self.sampling)
         if self.roster.live:
             self.cache.join(cache)
-            self.logits = torch.cat((self.logits, logits))
+            self.state = torch.cat((self.state, state), dim=1)
         else:
-            self.cache, self.logits = cache, logits
+            self.cache, self.state = cache, state
         self.roster.enter(samples)
         self.meter.prefill_ends()
 
     def step(self) -> None:
         """One token for every live sequence; those that end leave; a round where one is due."""
-        model, cache = self.engine.model, self.cache
-        tokens = sample(self.logits, self.roster.draws(), self.sampling)  # (B,)
-        most = model.config.max_position_embeddings
+        cache, tokens = self.cache, self.state[0].tolist()
+        most = self.engine.model.config.max_position_embeddings
         full = [cache.next_angle(row) >= most for row in range(len(tokens))]
-        rows = self.roster.record(tokens.tolist(), full)
+        rows = self.roster.record(tokens, full)
         if len(rows) < len(tokens):
             self.leave(rows)
-            tokens = tokens[rows]
         if not rows:
             return
-        self.policy.decay(cache)
-        self.logits = model(tokens[:, None], cache=cache)[:, -1]
+        self.replayed(cache, self.state)
         self.meter.step(cache)
         self.prune(cache)
         if self.on_step is not None:
             self.on_step(cache)
+
+    def forward(self) -> None:
+        """What the device does in a step: a function of tensors that stay where they are."""
+        self.policy.decay(self.cache)
+        logits = self.engine.model(self.state[0][:, None], cache=self.cache)[:, -1]
+        self.state[0] = sample(logits, self.state[1:], self.sampling)
 
     def prune(self, cache: KVCache, prefilled: bool = False) -> None:
         """A round for the sequences that are due."""
@@ -191,5 +199,7 @@ class _Run:
         if self.roster.live:
             self.meter.ends(self.cache, self.roster, rows)
             if self.request.cache is None:
+                index = to_device(rows, self.engine.device)
                 self.cache.select(rows)
+                self.state = self.state[:, index]
             self.roster.leave(rows)

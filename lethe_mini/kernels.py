@@ -1,5 +1,5 @@
-"""Matrix products and loops that are quick and need little memory. Nothing else: each function
-equals a plain expression, and a reader of the algorithm may take it for that.
+"""Matrix products, loops and moves that are quick and need little memory. Nothing else: each
+function equals a plain expression, and a reader of the algorithm may take it for that.
 
 A decoding step reads every weight and every cached key once and computes little with each, so it
 should take no longer than reading them. On a CPU, PyTorch's products of few rows take about twice
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 FEW = 32  # rows up to which a CPU is quicker with the weight as the left factor
 PIECE = 1 << 20  # numbers of a weight converted at once: 4 MB in float32
-MASS_BLOCK = 64  # queries whose softmax is held at once; small enough to stay in the CPU's cache
+# Queries whose softmax is held at once: on a CPU it should stay in the cache, on a GPU fill it.
+MASS_BLOCK = {"cuda": 256, "other": 64}
+PREFILL_CHUNK = {"cuda": 4096, "other": 512}  # tokens of a prompt that are read at once
 RUN = 32  # slots; half of what storage grows by
 WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 without such instructions
 # An x86 that has them, but none for whole tiles of a product (AMX).
@@ -24,6 +26,9 @@ VECTORS = (
     torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
 )
 _kept = threading.local()
+
+BLOCK = 64  # slots; capacity is always a multiple, so shapes repeat
+Store = dict[str, Tensor]  # keys, values (B, H_kv, S, D); positions, perhaps scores (B, H_kv, S)
 
 
 class Linear(nn.Linear):
@@ -42,6 +47,19 @@ class Linear(nn.Linear):
         else:
             return F.linear(x, self.weight, self.bias)
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+
+class Joined(Linear):
+    """Several linear maps of one input as one product. parts: the hub's name of each, and its rows
+    of the weight."""
+
+    def __init__(self, size: int, bias: bool, **parts: int):
+        super().__init__(size, sum(parts.values()), bias=bias)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., size) -> the parts, (..., rows) each."""
+        return super().forward(x).split(list(self.parts.values()), dim=-1)
 
 
 def widens(x: Tensor) -> bool:
@@ -84,8 +102,9 @@ def received_mass(
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
     mass = torch.zeros(B, H_kv, S, device=q.device)
-    for first in range(0, T, MASS_BLOCK):
-        last = min(first + MASS_BLOCK, T)
+    block = best_size(MASS_BLOCK, q.device)
+    for first in range(0, T, block):
+        last = min(first + block, T)
         seen = S if mask is not None else S - T + last
         rows = q[:, :, first:last].reshape(B, H_kv, -1, D) * D**-0.5  # (B, H_kv, G * t, D)
         logits = torch.matmul(rows, k[:, :, :seen].mT).float()
@@ -123,6 +142,74 @@ def wide(x: Tensor) -> Tensor:
         with torch.inference_mode(False):
             _kept.numbers = torch.empty(x.numel())
     return _kept.numbers[: x.numel()].view(x.shape).copy_(x)
+
+
+def to_device(numbers: list, device: torch.device) -> Tensor:
+    """Whole numbers of the host, on the device, which the host does not wait for."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
+def write(store: Store, slots: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    """Puts T tokens in their slots of a cache. k, v: (B, H_kv, T, D); slots, positions: (B, T)."""
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    store["keys"][rows, :, slots] = k.transpose(1, 2)
+    store["values"][rows, :, slots] = v.transpose(1, 2)
+    heads = k.shape[1]
+    store["positions"][rows, :, slots] = positions.int()[..., None].expand(-1, -1, heads)
+
+
+def blocks(slots: int) -> int:
+    """`slots` rounded up to whole blocks."""
+    return -(-slots // BLOCK) * BLOCK
+
+
+def grown(x: Tensor, capacity: int) -> Tensor:
+    """(B, H_kv, S, ...) in new storage of `capacity` slots, zero beyond S."""
+    new = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
+    new[:, :, : x.shape[2]] = x
+    return new
+
+
+def kept_slots(kept: Tensor, n: int) -> Tensor:
+    """The slots where `kept` is True, ascending: (..., S) bool -> (..., n) int64, for n at least as
+    many as there are. Behind them, any slot."""
+    slots = torch.arange(kept.shape[-1], device=kept.device).expand(kept.shape)
+    places = torch.where(kept, kept.cumsum(-1) - 1, n)  # n: one too far
+    return slots.new_zeros(*kept.shape[:-1], n + 1).scatter_(-1, places, slots)[..., :n]
+
+
+def gathered(x: Tensor, rows: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
+    """x[rows[i], head, slots[i]], zero beyond the first counts[i]: x (B, H_kv, S, ...), slots
+    (R, 1 or H_kv, n), rows, counts (R,) -> (R, H_kv, n, ...)."""
+    heads, places = (torch.arange(n, device=x.device) for n in (x.shape[1], slots.shape[-1]))
+    out = x[rows[:, None, None], heads[:, None], slots]
+    beyond = (places >= counts[:, None, None]).view(len(rows), 1, -1, *[1] * (x.dim() - 3))
+    return out.masked_fill_(beyond, 0)
+
+
+def best_size(sizes: dict[str, int], device: torch.device) -> int:
+    """The one that suits the kind of device."""
+    return sizes.get(device.type, sizes["other"])
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floats of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def spare(length: int, device: torch.device) -> int:
+    """Slots that a cache without rounds grows by, beyond what it needs. A CPU reads them at every
+    step; on CUDA a step is captured anew whenever a cache grows, so fewer times is better."""
+    return max(length // 16, 256 if device.type == "cuda" else 0)
+
+
+def uniform(seeds: Tensor | int, counts: Tensor) -> Tensor:
+    """A draw in [0, 1) for every seed and count (int64), float32; the same on every device, and no
+    other draw changes it. SplitMix64 (Steele, Lea and Flood 2014) after `counts` steps."""
+    x = seeds + counts * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return (x >> 40 & (1 << 24) - 1).float() * 2.0**-24
 
 
 def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The transformer of Llama, Mistral and Qwen: `model(tokens, positions, cache) -> logits`.
 
-Parameters carry the hub's names (less the leading `model.`), so that the loader has nothing to
-translate. The cache is passed in and is the only state. The model knows nothing of policies: it
+Parameters carry the hub's names, less the leading `model.`; only what has one input is one product
+(`Joined`). The cache is passed in and is the only state. The model knows nothing of policies: it
 appends keys and values to the cache, attends over them, and adds what every key received to the
 scores.
 """
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend, causal_mask
-from .cache import KVCache, Store, write
+from .cache import KVCache
 from .config import ModelConfig
-from .kernels import Linear
+from .kernels import Joined, Linear, Store, write
 from .rope import rope_cos_sin, rotate
 
 
@@ -33,9 +33,8 @@ class Attention(nn.Module):
         super().__init__()
         hidden, D = config.hidden_size, config.head_dim
         inner, inner_kv = config.num_attention_heads * D, config.num_key_value_heads * D
-        self.q_proj = Linear(hidden, inner, bias=config.qkv_bias)
-        self.k_proj = Linear(hidden, inner_kv, bias=config.qkv_bias)
-        self.v_proj = Linear(hidden, inner_kv, bias=config.qkv_bias)
+        parts = {"q_proj": inner, "k_proj": inner_kv, "v_proj": inner_kv}
+        self.qkv_proj = Joined(hidden, config.qkv_bias, **parts)
         self.o_proj = Linear(inner, hidden, bias=config.o_bias)
         norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.q_norm, self.k_norm = (norm(D, config.rms_norm_eps) for _ in range(2))
@@ -45,12 +44,12 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
-        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.gate_up_proj = Joined(hidden, config.mlp_bias, gate_proj=inner, up_proj=inner)
         self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -70,8 +69,8 @@ class Block(nn.Module):
         and adds the mass (see `attend`) to the scores: the sum in arXiv 2511.06029, eq. 5."""
         B, T, _ = x.shape
         attn, normed = self.self_attn, self.input_layernorm(x)
-        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        q, k, v = (p(normed).view(B, T, -1, self.head_dim).transpose(1, 2) for p in projections)
+        parts = attn.qkv_proj(normed)
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)
         q, k = rotate(attn.q_norm(q), cos, sin), rotate(attn.k_norm(k), cos, sin)
         if store is None:
             out, _ = attend(q, k, v, mask=None)
@@ -119,10 +118,12 @@ class Transformer(nn.Module):
         positions: (B, T), the tokens' places in the text; by default they follow what the cache
         has seen. With a cache its sequences all grow by T.
         """
-        B, T = tokens.shape
+        T = tokens.shape[1]
+        if cache is not None:
+            cache.reserve(T)
         if positions is None:
-            seen = torch.tensor([0] * B if cache is None else cache.seen, device=tokens.device)
-            positions = seen[:, None] + torch.arange(T, device=tokens.device)
+            positions = torch.arange(T, device=tokens.device).expand_as(tokens)
+            positions = positions if cache is None else positions + cache.next[:, None]
         x = self.embed_tokens(tokens)
         factor = self.config.rope_factor
         cos, sin = rope_cos_sin(positions[:, None], self.inv_freq, factor)
@@ -134,11 +135,12 @@ class Transformer(nn.Module):
                 x, _ = block(x, cos, sin, positions)
                 continue
             layer = cache.layers[index]
-            store, slots = layer.reserve(T)
+            store, slots = layer.place(T)
             if layer.compact:  # there a token's angle is its slot's
                 cos, sin = rope_cos_sin(slots[:, None], layer.inv_freq, factor)
             x, q = block(x, cos, sin, positions, store, slots, layer.notes.lag)
             layer.remember(q)
         if cache is not None:
-            cache.seen = [seen + T for seen in cache.seen]
+            cache.next.add_(T)
+            cache.count(T)
         return head(x[:, -1:] if last_only else x)

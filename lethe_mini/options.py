@@ -3,9 +3,14 @@ what a budget is, whether it has room, and how its tokens divide over layers.
 """
 
 import math
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from .errors import UserError
+from .kernels import widest
 
 Budget = float | int | None  # a share of the text so far, tokens per layer, or no limit
 
@@ -74,28 +79,85 @@ def check_room(budget: int, need: int, prompt: bool) -> None:
         )
 
 
-def split_budget(
-    total: int, weights: list[float], floors: list[int], holds: list[int]
-) -> list[int]:
-    """Divides `total` tokens over layers in proportion to `weights`, exactly, by largest remainder.
+@dataclass(frozen=True)
+class Limits:
+    """The options of every policy that prunes, and how many tokens they let a sequence hold."""
 
-    No layer gets more than it holds nor less than its floor (or what it holds, if that is less).
-    The parts add up to `total`, unless the floors need more or the layers hold less.
+    needs_budget: ClassVar[bool] = True
+    min_recent: ClassVar[int] = 1  # newest tokens that stay in any case
+
+    budget: Budget = option(
+        0.25, "tokens per layer after a round, on average: a number, a share of the text, or none"
+    )
+    interval: int = option(128, "tokens between two rounds", low=1)
+    sinks: int = option(4, "first tokens, always kept", low=0)
+    recent_ratio: float = option(0.3, "share of the room that goes to the last tokens", 0, 1)
+    protect_prompt: bool = option(True, "keep the whole prompt; it counts inside the budget")
+    evict_threshold: int = option(
+        512, "tokens before the first round, where the budget is no number", low=1
+    )
+
+    def protected(self, prompt: int) -> int:
+        """First positions that always stay, of a sequence with so long a prompt."""
+        return max(self.sinks, prompt) if self.protect_prompt else self.sinks
+
+    def limit(self, prompt: int, seen: int) -> int:
+        """Tokens per layer, on average, that a sequence may hold after a round. A share counts the
+        tokens seen; it never falls below the protected ones and its room at `evict_threshold`."""
+        if self.budget is None:
+            return seen
+        if isinstance(self.budget, int):
+            return self.budget
+        room = max(self.min_recent, int(self.budget * self.evict_threshold))
+        return max(int(self.budget * seen), self.protected(prompt) + room)
+
+    def first_round(self, prompt: int) -> int:
+        """Tokens seen above which a sequence may have a round."""
+        if isinstance(self.budget, int):
+            return self.budget
+        return max(self.evict_threshold, self.limit(prompt, seen=0))
+
+    def check_prompt(self, prompt: int) -> None:
+        if isinstance(self.budget, int):
+            check_room(self.budget, self.protected(prompt) + self.min_recent, self.protect_prompt)
+
+
+def part(share: float, of: Tensor) -> Tensor:
+    """A share of whole numbers, rounded down: int64 as they are."""
+    return (of.to(widest(of.device)) * share).long()
+
+
+def split_budget(totals: Tensor, weights: Tensor, floors: Tensor, holds: Tensor) -> Tensor:
+    """Divides tokens over L layers in proportion to `weights`, exactly, by largest remainder.
+
+    totals: (R,) int64; weights: (R, L), floors, holds: (R, L) int64 -> (R, L) int64. No layer gets
+    more than it holds nor less than its floor (or what it holds, if that is less). The parts of a
+    row add up to its total, unless the floors need more or the layers hold less.
     """
-    floors = [min(floor, hold) for floor, hold in zip(floors, holds, strict=True)]
-    total = min(max(total, sum(floors)), sum(holds))
+    floors = floors.minimum(holds)
+    totals = totals.maximum(floors.sum(1)).minimum(holds.sum(1))[:, None]
     # A layer's share is level * weight, held within its bounds; more level, more in all. The tiny
     # weight that everyone has lets a layer of weight 0 take what the others cannot hold.
-    most = max(weights) or 1.0
-    weights = [max(weight / most, 1e-9) for weight in weights]
-    low, high = 0.0, (max(holds) + 1) / min(weights)
-    for _ in range(100):
-        level = (low + high) / 2
-        bounds = zip(weights, floors, holds, strict=True)
-        shares = [min(max(level * weight, floor), hold) for weight, floor, hold in bounds]
-        low, high = (level, high) if sum(shares) < total else (low, level)
-    parts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(parts)), key=lambda i: parts[i] - shares[i])
-    for i in by_remainder[: total - sum(parts)]:
-        parts[i] += 1
-    return parts
+    weights = weights.to(widest(weights.device))
+    most = weights.amax(1, keepdim=True)
+    weights = torch.where(most > 0, weights / most.clamp(min=1e-300), 1.0).clamp(min=1e-9)
+
+    def at(level: Tensor) -> Tensor:
+        """(R, n) levels -> the shares there (R, n, L)."""
+        shares = level[..., None] * weights[:, None]
+        return shares.maximum(floors[:, None]).minimum(holds[:, None])
+
+    # The sum is a straight line between the levels at which a layer meets a bound.
+    levels = torch.cat((floors / weights, holds / weights), dim=1).sort(dim=1).values  # (R, 2L)
+    sums = at(levels).sum(-1)
+    last = levels.shape[1] - 1
+    low = ((sums <= totals).sum(1, keepdim=True) - 1).clamp(0, last)
+    high = (low + 1).clamp(max=last)
+    (a, b), (below, above) = ((x.gather(1, low), x.gather(1, high)) for x in (levels, sums))
+    level = a + (totals - below) / (above - below).clamp(min=1e-30) * (b - a)
+    shares = at(level)[:, 0]
+    parts = shares.long()
+    order = (parts - shares).argsort(dim=1, stable=True)  # the largest remainder first
+    missing = totals - parts.sum(1, keepdim=True)
+    ups = torch.arange(parts.shape[1], device=parts.device) < missing
+    return parts.scatter_add(1, order, ups.long())

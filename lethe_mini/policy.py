@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .cache import KVCache, LayerCache, Notes
 from .errors import UserError
-from .options import check_options, check_room, option, split_budget
+from .kernels import to_device, widest
+from .options import Limits, check_options, option, part, split_budget
 
 
 def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
@@ -35,49 +36,51 @@ def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
     return torch.where((lengths > 1) & (l1 > 0), value.clamp(0, 1), 0.0)
 
 
-def find_breakpoint(ranked: Tensor, segments: int, tau: float, kind: str) -> int | None:
-    """Where the curve of descending scores breaks, or None (arXiv 2511.06029, eq. 3).
+def find_breakpoint(ranked: Tensor, lengths: Tensor, segments: int, tau: float, kind: str):
+    """Where each curve of descending scores breaks, (R,) int64; its length if it does not
+    (arXiv 2511.06029, eq. 3).
 
-    ranked: (n,) descending, n at least 1, cut into `segments` equal parts. `global`: the first
-    boundary k with ranked[0] / ranked[k] > tau. `segment`: the start of the first part whose own
-    first / last <= tau, where the curve has gone flat; if that is the very first part, nothing
-    stands out. Comparisons multiply, so zeros need no special care.
+    ranked: (R, S) descending, lengths: (R,) of them, at least 1, cut into `segments` equal parts.
+    `global`: the first boundary k with ranked[0] / ranked[k] > tau. `segment`: the start of the
+    first part whose own first / last <= tau, where the curve has gone flat; if that is the very
+    first part, nothing stands out. Comparisons multiply, so zeros need no special care.
     """
-    if kind == "none":
-        return None
-    segments = min(segments, len(ranked))  # beyond that the cuts are the same
-    cuts = torch.arange(segments + 1, device=ranked.device) * len(ranked) // segments
-    starts, ends = ranked[cuts[:-1]], ranked[cuts[1:] - 1]
-    if kind == "segment":
-        found = starts <= tau * ends
-    else:
-        found = ranked[0] > tau * starts  # eq. 3
-    return int(cuts[int(found.int().argmax())]) or None
+    parts = lengths.clamp(max=segments)[:, None]  # beyond the length cuts would be the same
+    cuts = torch.arange(segments + 1, device=ranked.device).minimum(parts)
+    cuts = cuts * lengths[:, None] // parts  # (R, segments + 1)
+    starts = ranked.gather(1, cuts[:, :-1].clamp(max=ranked.shape[1] - 1))
+    ends = ranked.gather(1, cuts[:, 1:] - 1)
+    found = starts <= tau * ends if kind == "segment" else ranked[:, :1] > tau * starts  # eq. 3
+    found &= cuts[:, :-1] < lengths[:, None]
+    first = cuts.gather(1, found.int().argmax(1, keepdim=True))[:, 0]
+    return torch.where(first > 0, first, lengths)
 
 
-def rank(importance: Tensor) -> Tensor:
-    """Slots, the most important first; of equals the newer; NaN last. (..., S) -> int64."""
+def rank(importance: Tensor, valid: Tensor) -> Tensor:
+    """Slots, the most important first; of equals the newer; NaN last, and behind it what is not
+    valid. (..., S) -> int64."""
     ranked = importance.float().nan_to_num(torch.finfo(torch.float32).min)
+    ranked = ranked.masked_fill(~valid, -torch.inf)
     # A stable sort of the flipped row puts the newer of two equals first.
     return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def choose(importance: Tensor, always: Tensor, salient: int, share: int) -> Tensor:
-    """The slots that a sequence keeps in a layer: (H_kv, n) int64, ascending, n for every head.
+def choose(importance: Tensor, always: Tensor, valid: Tensor, salient: Tensor, share: Tensor):
+    """What R sequences keep in a layer: (R, H_kv, S) bool, and how many slots of each head, (R,).
 
-    importance: (1 or H_kv, S); always: (H_kv, S). Those of `always` stay whatever their rank. Of
-    the `salient` first by rank, as many stay as `share` has room for. The head that keeps most
-    says how many the others keep.
+    importance: (R, 1 or H_kv, S); always: (R, H_kv, S) and valid: (R, 1, S) bool; salient, share:
+    (R,). Those of `always` stay whatever their rank; of the `salient` first, as many as `share` has
+    room for. The head that keeps most says how many the others keep.
     """
-    order = rank(importance).expand_as(always)  # (H_kv, S) slots, the most important first
-    stays = always.gather(-1, order)  # (H_kv, S) the same, by rank
-    first = torch.arange(order.shape[1], device=order.device) < salient  # (S,) by rank
-    least = always.sum(-1, keepdim=True)  # (H_kv, 1)
-    wanted = (stays | first).sum(-1).max()
-    n = wanted.clamp(max=share).maximum(least.max())
-    others = (~stays).cumsum(-1)  # (H_kv, S) 1 for the best of those that need not stay
-    chosen = stays | (others <= n - least)  # eq. 4; (H_kv, S) by rank, n in every head
-    return always.scatter(-1, order, chosen).nonzero()[:, 1].view(-1, int(n))
+    always = always & valid
+    order = rank(importance, valid).expand_as(always)  # slots, the most important first
+    stays = always.gather(-1, order)  # the same, by rank
+    first = torch.arange(order.shape[-1], device=order.device) < salient[:, None, None]
+    least = always.sum(-1)  # (R, H_kv)
+    n = (stays | first).sum(-1).amax(-1).minimum(share).maximum(least.amax(-1))
+    others = (~stays).cumsum(-1)  # 1 for the best of those that need not stay
+    chosen = stays | (others <= (n[:, None] - least)[..., None])  # eq. 4; n in every head
+    return always.scatter(-1, order, chosen), n
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ class Round:
 
     rows: list[int]  # of the batch; below, [layer][i] is that of sequence rows[i]
     shares: list[list[int]]  # tokens that a layer might keep
-    hoyer: Tensor | None  # (B, L); None: the policy keeps no scores
     recent: list[list[int]]  # newest tokens that stay
-    breakpoints: list[list[int | None]]  # tokens that stand out; None: all do
-    importance: list[Tensor]  # per layer (B, 1 or H_kv, S), of the slots before the round
+    salient: list[list[int]]  # tokens that stand out; all, if nothing says which
+    hoyer: Tensor | None  # (B, L); None: the policy keeps no scores
+    importance: list[Tensor]  # per layer (R, 1 or H_kv, S), of the slots before the round
 
 
 @dataclass(frozen=True)
@@ -126,30 +129,21 @@ class FullKV(Policy):
 
 
 @dataclass(frozen=True)
-class Pruner(Policy):
+class Pruner(Limits, Policy):
     """What every policy that prunes shares. A new one defines `importance`, more only if it must.
+    What all have as options, and how many tokens a sequence may hold: `Limits` (options.py).
 
-    B sequences, S slots; a layer (LayerCache) offers keys, values, positions, scores and lengths.
+    B sequences, of which R are due, S slots; a layer (LayerCache) offers keys, values, positions,
+    scores and lengths. All is done for R sequences and all heads at once, on the device.
     """
-
-    min_recent: ClassVar[int] = 1
-    needs_budget: ClassVar[bool] = True
-
-    budget: float | int | None = option(
-        0.25, "tokens per layer after a round, on average: a number, a share of the text, or none"
-    )
-    interval: int = option(128, "tokens between two rounds", low=1)
-    sinks: int = option(4, "first tokens, always kept", low=0)
-    recent_ratio: float = option(0.3, "share of the room that goes to the last tokens", 0, 1)
-    protect_prompt: bool = option(True, "keep the whole prompt; it counts inside the budget")
-    evict_threshold: int = option(
-        512, "tokens before the first round, where the budget is no number", low=1
-    )
 
     def __post_init__(self):
         if type(self).importance is Pruner.importance:
             raise UserError(f"{type(self).__name__} should define importance(layer, cache)")
         check_options(self)
+
+    def notes(self) -> Notes:
+        return Notes(self.scored, self.window, 0, self.interval, self.evict_threshold)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         """(B, 1 or H_kv, S): the higher, the longer a token stays. Heads may differ."""
@@ -162,57 +156,32 @@ class Pruner(Policy):
         """(B, L): the layers' parts of the budget, in any unit; sparsity: (B, L), their Hoyer."""
         return torch.ones(len(cache.seen), len(cache.layers))
 
-    def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
-        """How many of a sequence's tokens stand out; importance: (1 or H_kv, its length)."""
-        return layer.lengths[row]
+    def salient(self, importance: Tensor, layer: LayerCache, rows: Tensor) -> Tensor | None:
+        """(R,) int64: how many tokens stand out; None: all. importance: (R, 1 or H_kv, S), of no
+        meaning beyond a sequence's length; rows: (R,) of the batch."""
 
-    def recent(self, room: int) -> int:
-        """How many of `room` tokens go to the newest; at least `min_recent`."""
-        return min(room, max(self.min_recent, int(self.recent_ratio * room)))
+    def recent(self, room: Tensor) -> Tensor:
+        """How many of `room` tokens (R,) go to the newest; at least `min_recent`."""
+        return part(self.recent_ratio, room).clamp(min=self.min_recent).minimum(room)
 
-    def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
-        """(len(rows), H_kv, S) bool: which slots of these sequences stay whatever their importance.
+    def always(self, layer: LayerCache, rows: Tensor, protected: Tensor, rooms: Tensor) -> Tensor:
+        """(R, H_kv, S) bool: which slots of these sequences stay whatever their importance.
         Default: positions below `protected`, and the most recent of the room beside these."""
-        pairs = zip(rows, rooms, strict=True)
-        oldest = [layer.lengths[row] - self.recent(room) for row, room in pairs]
-        bounds = torch.tensor([protected, oldest], device=layer.filled.device)
-        first, last = bounds[:, :, None, None]  # (len(rows), 1, 1) each
-        slots = torch.arange(layer.length, device=layer.filled.device)
+        slots = torch.arange(layer.length, device=rows.device)
+        oldest = layer.filled[rows] - self.recent(rooms)
+        first, last = protected[:, None, None], oldest[:, None, None]
         return (layer.positions[rows] < first) | (slots >= last)
 
-    def protected(self, prompt: int) -> int:
-        """First positions that always stay, of a sequence with so long a prompt."""
-        return max(self.sinks, prompt) if self.protect_prompt else self.sinks
-
-    def limit(self, prompt: int, seen: int) -> int:
-        """Tokens per layer, on average, that a sequence may hold after a round. A share counts the
-        tokens seen; it never falls below the protected ones and its room at `evict_threshold`."""
-        if self.budget is None:
-            return seen
-        if isinstance(self.budget, int):
-            return self.budget
-        room = max(self.min_recent, int(self.budget * self.evict_threshold))
-        return max(int(self.budget * seen), self.protected(prompt) + room)
-
-    def first_round(self, prompt: int) -> int:
-        """Tokens seen above which a sequence may have a round."""
-        if isinstance(self.budget, int):
-            return self.budget
-        return max(self.evict_threshold, self.limit(prompt, seen=0))
-
-    def check_prompt(self, prompt: int) -> None:
-        if isinstance(self.budget, int):
-            check_room(self.budget, self.protected(prompt) + self.min_recent, self.protect_prompt)
-
-    def shares(self, cache: KVCache, rows: list[int], sparsity: Tensor | None) -> list[list[int]]:
-        """[layer][i]: tokens that sequence rows[i] may keep there, which add up exactly."""
-        weights, columns = self.weights(cache, sparsity).tolist(), []
-        for row in rows:
-            prompt, held = cache.prompt[row], [layer.lengths[row] for layer in cache.layers]
-            floors = [self.protected(prompt) + self.min_recent] * len(held)
-            total = self.limit(prompt, cache.seen[row]) * len(held)
-            columns.append(split_budget(total, weights[row], floors, held))
-        return [[column[i] for column in columns] for i in range(len(cache.layers))]
+    def shares(self, cache: KVCache, rows: list[int], sparsity: Tensor | None) -> Tensor:
+        """(L, R) int64: tokens that a layer may keep of a sequence, which add up exactly."""
+        weights, device = self.weights(cache, sparsity), cache.device
+        weights = weights.to(device, widest(device), non_blocking=True)
+        limits = [self.limit(cache.prompt[row], cache.seen[row]) for row in rows]
+        floors = [self.protected(cache.prompt[row]) + self.min_recent for row in rows]
+        index, limits, floors = to_device([rows, limits, floors], cache.device)
+        held = torch.stack([layer.filled[index] for layer in cache.layers], dim=1)  # (R, L)
+        totals, floors = limits * held.shape[1], floors[:, None].expand_as(held)
+        return split_budget(totals, weights[index], floors, held).t()
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
         return [
@@ -234,31 +203,29 @@ class Pruner(Policy):
     def round(self, cache: KVCache, due: list[bool]) -> Round:
         rows = [row for row, ready in enumerate(due) if ready]
         sparsity = self.sparsity(cache) if self.scored else None
-        done = Round(rows, self.shares(cache, rows, sparsity), sparsity, [], [], [])
-        for layer in cache.layers:
-            self.prune(layer, cache, done)
-        return done
+        shares = self.shares(cache, rows, sparsity)  # (L, R)
+        first = [self.protected(cache.prompt[row]) for row in rows]
+        index, first = to_device([rows, first], cache.device)
+        pairs = zip(cache.layers, shares, strict=True)
+        plans = [self.plan(layer, share, cache, index, first) for layer, share in pairs]
+        kept, importance, facts = zip(*plans, strict=True)
+        counts, *facts = torch.stack(facts, dim=1).tolist()  # the only wait for the device
+        for layer, mask, n in zip(cache.layers, kept, counts, strict=True):
+            layer.evict(rows, mask, n)
+        return Round(rows, *facts, sparsity, list(importance))
 
-    def prune(self, layer: LayerCache, cache: KVCache, done: Round) -> None:
-        """The round of one layer, which it adds to `done`."""
-        rows, share, importance = done.rows, done.shares[layer.index], self.importance(layer, cache)
-        protected = [self.protected(cache.prompt[row]) for row in rows]
-        lengths = [layer.lengths[row] for row in rows]
-        rooms = list(share)  # for tokens that are not protected
-        if self.budget is not None:
-            sizes = zip(share, protected, lengths, strict=True)
-            rooms = [n - min(first, held) for n, first, held in sizes]
-        always = self.always(layer, rows, protected, rooms)  # (len(rows), H_kv, S)
-        kept, breakpoints = [], []
-        for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            scores = importance[row, :, :n]  # (1 or H_kv, n)
-            salient = self.salient(scores, layer, row)
-            kept.append(choose(scores, always[i, :, :n], salient, share[i]))
-            breakpoints.append(salient if salient < n else None)
-        layer.evict(rows, kept)
-        done.recent.append([self.recent(room) for room in rooms])
-        done.breakpoints.append(breakpoints)
-        done.importance.append(importance)
+    def plan(self, layer: LayerCache, share: Tensor, cache: KVCache, rows: Tensor, first: Tensor):
+        """What a layer keeps of the sequences `rows`: (R, H_kv, S) bool; their importance; and
+        (4, R): how many tokens each head keeps, might keep, keeps as recent, and how many stand
+        out. share, rows, first (protected positions): (R,)."""
+        importance, lengths = self.importance(layer, cache)[rows], layer.filled[rows]
+        # For tokens that are not protected.
+        room = share if self.budget is None else share - first.minimum(lengths)
+        always = self.always(layer, rows, first, room)
+        salient = self.salient(importance, layer, rows)
+        salient = lengths if salient is None else salient
+        kept, counts = choose(importance, always, layer.valid()[rows], salient, share)
+        return kept, importance, torch.stack((counts, share, self.recent(room), salient))
 
 
 # The words of Lethe's options, and whether each makes sense without a budget.
@@ -298,30 +265,31 @@ class Lethe(Pruner):
             return super().weights(cache, sparsity)
         return sparsity if self.allocation == "inverse_hoyer" else 1 - sparsity
 
-    def salient(self, importance: Tensor, layer: LayerCache, row: int) -> int:
+    def salient(self, importance: Tensor, layer: LayerCache, rows: Tensor) -> Tensor | None:
         """Algorithm 1: the tokens before the breakpoint, or all of them if there is none."""
-        length = importance.shape[1]
-        if self.budget is None and length <= self.threshold(layer, row):
-            return length
+        if self.breakpoint == "none":
+            return None
         # Every head's curve, then their mean: heads may hold different tokens.
-        ranked = importance.sort(dim=-1, descending=True).values.mean(0).cpu()
-        return find_breakpoint(ranked, self.segments, self.tau, self.breakpoint) or length
-
-    def threshold(self, layer: LayerCache, row: int) -> int:
-        """The length beyond which a layer prunes."""
-        return layer.thresholds[row] or self.evict_threshold
+        valid, lengths = layer.valid()[rows], layer.filled[rows]
+        ranked = importance.masked_fill(~valid, -torch.inf).sort(dim=-1, descending=True).values
+        found = find_breakpoint(ranked.mean(1), lengths, self.segments, self.tau, self.breakpoint)
+        if self.budget is not None:
+            return found
+        thresholds = to_device(layer.thresholds, rows.device)[rows]
+        return torch.where(lengths > thresholds, found, lengths)
 
     def wants(self, cache: KVCache, row: int) -> bool:
         if self.budget is not None:
             return super().wants(cache, row)
-        return any(layer.lengths[row] > self.threshold(layer, row) for layer in cache.layers)
+        return any(layer.lengths[row] > layer.thresholds[row] for layer in cache.layers)
 
-    def prune(self, layer: LayerCache, cache: KVCache, done: Round) -> None:
-        before = layer.lengths
-        super().prune(layer, cache, done)
+    def round(self, cache: KVCache, due: list[bool]) -> Round:
+        before = [layer.lengths for layer in cache.layers]
+        done = super().round(cache, due)
         # A layer tries again when it holds twice what it kept. Without a breakpoint it kept all, so
         # its threshold doubles (Algorithm 1).
-        for row in done.rows:
-            threshold = self.threshold(layer, row)
-            if self.budget is None and before[row] > threshold:
-                layer.thresholds[row] = max(threshold, 2 * layer.lengths[row])
+        for layer, held in zip(cache.layers, before, strict=True):
+            for row in done.rows if self.budget is None else ():
+                if held[row] > layer.thresholds[row]:
+                    layer.thresholds[row] = max(layer.thresholds[row], 2 * layer.lengths[row])
+        return done

@@ -24,25 +24,30 @@ TESTS = (
 )
 FAULTS = {  # what is wrong: file, right text, wrong text
     "recent window one short": ("policy.py", "slots >= last", "slots > last"),
-    "kept indices by score, unsorted": (
-        "policy.py",
-        "always.scatter(-1, order, chosen).nonzero()[:, 1]",
-        "order[chosen]",
+    "kept slots in another order": (
+        "kernels.py",
+        "kept.cumsum(-1) - 1",
+        "kept.sum(-1, keepdim=True) - kept.cumsum(-1)",
     ),
     "scores stay when keys move": (
         "cache.py",
-        "moved = old[row[..., None], head, indices]",
-        "moved = old[row[..., None], head, indices]"
-        ' if name != "scores" else old[:, :, : self.length].clone()',
+        "moved = gathered(old, row, old_slots, count)",
+        "moved = gathered(old, row, old_slots, count)"
+        ' if name != "scores" else old[row, :, :n].clone()',
     ),
     "position taken from the slot": (
         "model.py",
-        "else cache.seen, device",
-        "else cache.layers[0].lengths, device",
+        "positions + cache.next[:, None]",
+        "positions + cache.layers[0].filled[:, None]",
     ),
-    "sinks unprotected": ("policy.py", "else self.sinks", "else 0"),
+    "a round forgets what left": (
+        "cache.py",
+        "turns -= self.gone.copy_",
+        "turns -= self.gone + 0 *",
+    ),
+    "sinks unprotected": ("options.py", "else self.sinks", "else 0"),
     "scores never fade": ("policy.py", "torch._foreach_mul_(cache.scores, self.gamma)", "return"),
-    "a share of the prompt alone": ("policy.py", "self.budget * seen", "self.budget * prompt"),
+    "a share of the prompt alone": ("options.py", "self.budget * seen", "self.budget * prompt"),
 }
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lethe_mini.attention import causal_mask
-from lethe_mini.cache import write
 from lethe_mini.checkpoint.config import parse_config
+from lethe_mini.checkpoint.load import named_weights
 from lethe_mini.engine import Engine
+from lethe_mini.kernels import write
 from lethe_mini.model import Transformer
 from lethe_mini.policies.lethe_plus import LethePlus, keys_before_rope, repeats
 
@@ -73,7 +74,7 @@ def folder(path, eos=(257,), template=TEMPLATE, **changes):
     path.mkdir(exist_ok=True)
     config = {**SIZES, **changes, "eos_token_id": list(eos)}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    weights = model(**changes).state_dict()
+    weights = named_weights(model(**changes))
     named = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in weights.items()}
     save_file(named, path / "model.safetensors")
     byte_tokenizer().save(str(path / "tokenizer.json"))
@@ -98,11 +99,27 @@ def command(*argv, **options):
     return subprocess.Popen(argv, env=env, **options)
 
 
-def put(layer, k, v, positions):
-    """Stores T tokens in a LayerCache as the model does; the mask of their queries."""
-    store, slots = layer.reserve(k.shape[2])
-    write(store, slots, k, v, positions)
-    return causal_mask(slots, store["keys"].shape[2])
+def put(cache, tokens):
+    """Stores T tokens in every layer of a KVCache as the model does: tokens, a layer's (k, v) each,
+    (B, H_kv, T, D). -> the mask of their queries in every layer."""
+    T, masks = tokens[0][0].shape[2], []
+    cache.reserve(T)
+    positions = cache.next[:, None] + torch.arange(T)
+    for layer, (k, v) in zip(cache.layers, tokens, strict=True):
+        store, slots = layer.place(T)
+        write(store, slots, k, v, positions)
+        masks.append(causal_mask(slots, store["keys"].shape[2]))
+    cache.next.add_(T)
+    cache.count(T)
+    return masks
+
+
+def mask_of(kept):
+    """What `LayerCache.evict` takes: kept, [i][head] the slots of a sequence -> bool (R, H_kv, S)
+    and how many they are."""
+    slots = 1 + max((max(head, default=0) for heads in kept for head in heads), default=0)
+    mask = [[[slot in set(head) for slot in range(slots)] for head in heads] for heads in kept]
+    return torch.tensor(mask).bool(), [len(heads[0]) for heads in kept]
 
 
 def observe(layer, q=None, mass=None):
@@ -117,7 +134,9 @@ def distinct(policy, layer, row, room, recent):
     """Which tokens no newer one repeats, [head][slot], and how many of them are to stay."""
     if not isinstance(policy, LethePlus):
         return None, 0
-    near = torch.tensor([recent + policy.interval])
-    cosine = repeats(keys_before_rope(layer, [row]), layer.filled[[row]], near)[0]
+    mean = policy.limit(0, layer.seen.counts[row])  # of layers, what one may keep without a prompt
+    near = min(recent, max(policy.min_recent, 2 * int(policy.recent_ratio * mean)))
+    near, rows = torch.tensor([near + policy.interval]), torch.tensor([row])
+    cosine = repeats(keys_before_rope(layer, rows), layer.filled[rows], near, 0)[0]
     cosine = cosine if policy.per_head else cosine.mean(0).expand_as(cosine)
     return (cosine <= policy.alike).tolist(), int(policy.distinct_ratio * (room - recent))

@@ -72,7 +72,7 @@ def _add_model(group) -> None:
         "the reasoner)")  # fmt: skip
     add("--positions", default="absolute", choices=POSITIONS, help="compact: turn keys to their "
         f"slots, so that a text can be longer than the model's positions {DEFAULT}")  # fmt: skip
-    add("--prefill-chunk", type=int, default=512, help=f"prompt tokens read at once {DEFAULT}")
+    add("--prefill-chunk", type=int, help="prompt tokens read at once (default: by device)")
 
 
 def _add_sampling(group) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from ..model import Transformer
+from ..model import Joined, Transformer
 from .config import DTYPES, read_config, read_json
 
 FETCHED = ["*.safetensors", "*.json", "*.jinja"]
@@ -147,32 +147,52 @@ def load_weights(
 ) -> None:
     """Fills every parameter of `model`, built on the meta device, exactly once."""
     tied = model.config.tie_word_embeddings
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
     if tied:  # some tied checkpoints hold the head as well
         shapes["lm_head.weight"] = shapes["embed_tokens.weight"]
     plan = _plan(folder, shapes, optional={"lm_head.weight"} if tied else set())
     head = plan.pop("lm_head.weight", None) if tied else None
 
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, parameter)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    weights = named_weights(model)
     for name, (file, key) in plan.items():
-        weight = torch.empty(shapes[name], dtype=dtype, device=device)
         # safe_open maps the file, and its tensors are views of it. A copy keeps no tie to the file.
         # Reopening for each tensor frees the pages that were copied already.
         with _opened(file) as tensors:
-            weight.copy_(tensors.get_tensor(key))
-        owner, _, leaf = name.rpartition(".")
-        parameter = torch.nn.Parameter(weight, requires_grad=False)
-        setattr(model.get_submodule(owner), leaf, parameter)
+            weights[name].copy_(tensors.get_tensor(key))
 
-    if tied:
-        model.lm_head.weight = embedding = model.embed_tokens.weight
     if head is not None:
         with _opened(head[0]) as tensors:
+            embedding = model.embed_tokens.weight
             same = torch.equal(tensors.get_tensor(head[1]).to(device, dtype), embedding)
         if not same:
             raise UserError(
                 f"{head[0]}: {head[1]} differs from the embedding, yet config.json ties the two; "
                 "set tie_word_embeddings to false there"
             )
+
+
+def named_weights(model: torch.nn.Module, read=torch.Tensor.detach) -> dict[str, torch.Tensor]:
+    """Every weight under the name that the hub's checkpoints give it, less the leading `model.`:
+    views of the parameters, whose rows hold several weights where they are joined. read: what is
+    wanted of a parameter."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if not isinstance(module, Joined):
+            weights[name] = read(parameter)
+            continue
+        rows = read(parameter).split(list(module.parts.values()))
+        owner = owner.rpartition(".")[0]
+        weights |= {f"{owner}.{part}.{leaf}": w for part, w in zip(module.parts, rows, strict=True)}
+    return weights
 
 
 def _plan(folder: Path, shapes: dict[str, tuple], optional: set[str]) -> dict:

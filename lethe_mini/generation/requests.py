@@ -6,6 +6,7 @@ from numbers import Integral
 
 from ..cache import KVCache
 from ..errors import UserError
+from ..kernels import PREFILL_CHUNK, best_size
 
 POSITIONS = ("absolute", "compact")
 
@@ -37,6 +38,11 @@ def read_request(
     raw,
 ) -> Request:
     """What `Engine.generate` is asked for. Raises UserError for what cannot be done."""
+    if isinstance(policy, type) or not hasattr(policy, "notes"):
+        raise UserError(f"policy should be a policy such as Lethe(), not {policy!r}")
+    prefill_chunk = (
+        best_size(PREFILL_CHUNK, engine.device) if prefill_chunk is None else prefill_chunk
+    )
     limits = _limits(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
     sequences = len(limits) * num_samples
     _check_cache(cache, policy, positions, sequences)

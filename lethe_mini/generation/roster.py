@@ -36,7 +36,6 @@ class Roster:
         self.seed, self.text = seed, text
         self.eos = frozenset() if ignore_eos or text is None else text.eos_ids
         self.on_token, self.on_finish = on_token, on_finish
-        self.random: dict[int, random.Random] = {}  # of every live sequence
 
     @property
     def next_prompt(self) -> int:
@@ -48,14 +47,14 @@ class Roster:
 
     def enter(self, samples: list[int]) -> None:
         """They take rows, behind the others."""
-        for index in samples:
+        for _ in samples:
             self.pending.popleft()
-            self.random[index] = random.Random(f"{self.seed}-{index % self.num_samples}")
         self.live += samples
 
-    def draws(self) -> list[float]:
-        """A number in [0, 1) for every row."""
-        return [self.random[index].random() for index in self.live]
+    def seeds(self, samples: list[int]) -> list[int]:
+        """What each sequence draws from: its own whole number."""
+        numbers = [index % self.num_samples for index in samples]
+        return [random.Random(f"{self.seed}-{number}").getrandbits(63) for number in numbers]
 
     def record(self, tokens: list[int], full: list[bool]) -> list[int]:
         """Notes every row's new token; full: is there no further position? -> rows that go on."""
@@ -83,7 +82,6 @@ class Roster:
             one = self.sequences[index]
             one.generated_tokens = len(one.token_ids)
             one.text = "" if self.text is None else self.text.decode(one.token_ids)
-            del self.random[index]
         if self.on_finish is not None:
             for index in gone:
                 self.on_finish(index, self.sequences[index])

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels import uniform
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,18 @@ class Sampling:
         return sampling
 
 
-def sample(logits: Tensor, draws: list[float], sampling: Sampling) -> Tensor:
-    """(B, vocab) float32 and a uniform draw in [0, 1) per sequence -> (B,) tokens.
+def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """(B, vocab) float32 -> (B,) tokens. draws: (2, B) int64, every sequence's seed, and how many
+    draws it has had, which is counted up."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    draw = uniform(*draws)
+    draws[1].add_(1)
+    return pick(logits, draw, sampling)
+
+
+def pick(logits: Tensor, draw: Tensor, sampling: Sampling) -> Tensor:
+    """(B, vocab) float32, (B,) float32 in [0, 1) -> (B,) tokens.
 
     Greedy at temperature 0. Else the draw runs up the cumulated probabilities, so that a sequence's
     token depends on its own logits and its own draw alone.
@@ -55,16 +65,15 @@ def sample(logits: Tensor, draws: list[float], sampling: Sampling) -> Tensor:
     tokens = None
     if sampling.top_k or sampling.top_p < 1:
         logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    # The best logit at 0: a tiny temperature must not overflow. And a draw must stay below 1.
+    # The best logit at 0: a tiny temperature must not overflow.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     probs = (logits / max(sampling.temperature, 1e-30)).softmax(dim=-1)
-    uniform = torch.tensor(draws, device=logits.device).clamp(max=1 - 2**-24)
     if tokens is not None:
-        probs[:, sampling.top_k or probs.shape[-1] :] = 0
+        probs[:, sampling.top_k or probs.shape[-1] :].zero_()
         before = probs.cumsum(dim=-1) - probs
         beyond = before >= sampling.top_p * probs.sum(-1, keepdim=True)
         probs = probs.masked_fill(beyond & (before > 0), 0)  # never the best
     cumulated = probs.cumsum(dim=-1)
     # The first token whose cumulated probability is above the target has a probability itself.
-    pick = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(dim=-1, keepdim=True)
-    return (pick if tokens is None else tokens.gather(-1, pick))[:, 0]
+    found = (cumulated <= draw[:, None] * cumulated[:, -1:]).sum(dim=-1, keepdim=True)
+    return (found if tokens is None else tokens.gather(-1, found))[:, 0]

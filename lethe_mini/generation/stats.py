@@ -40,6 +40,7 @@ class Stats:
     compile_seconds: float = 0.0  # torch.compile's, beside the two
     decode_tokens_per_second: float = 0.0
     prune_seconds: float = 0.0  # part of prefill and decode
+    capture_seconds: float = 0.0  # part of decode: a step's CUDA graphs
     kv_bytes_peak: int = 0
     kv_bytes_final: int = 0  # at the end of each sequence, added up
     kv_bytes_full: int = 0  # what a full cache would hold there
@@ -65,8 +66,7 @@ def kv_bytes(cache: KVCache) -> int:
 
 def allocated(cache: KVCache) -> int:
     """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
-    tensors = [t for layer in cache.layers for t in (*layer.store.values(), layer.queries)]
-    return sum(t.untyped_storage().nbytes() for t in tensors)
+    return sum(t.untyped_storage().nbytes() for t in cache.tensors())
 
 
 def memory_peak(device: torch.device) -> int:
@@ -115,17 +115,30 @@ class Meter:
         self.started = self.prefill_started = time.perf_counter()
         self.compiled = compile_seconds()
         self.tokens = self.held = 0  # held: per layer, summed over tokens
+        self.changes, self.evicted = None, 0  # of a cache, at its last change
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was told so far."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def prefill_begins(self) -> None:
-        self.prefill_started = time.perf_counter()
+        self.prefill_started = self.now()
 
     def prefill_ends(self) -> None:
-        self.stats.prefill_seconds += time.perf_counter() - self.prefill_started
+        self.stats.prefill_seconds += self.now() - self.prefill_started
+        self.changes = None  # perhaps another cache
 
     def step(self, cache: KVCache) -> None:
         """One token more for every sequence of the cache."""
+        if self.changes != cache.changes:
+            self.changes, self.evicted = (
+                cache.changes,
+                len(cache.layers) * sum(cache.seen) - cache.held,
+            )
         self.tokens += len(cache.seen)
-        self.held += cache.held / len(cache.layers)
+        self.held += sum(cache.seen) - self.evicted / len(cache.layers)
 
     def peak(self, *caches: KVCache) -> None:
         """Looks at the memory. It only grows between rounds and departures, so before is enough."""
@@ -138,11 +151,11 @@ class Meter:
         self.peak(*[cache] if beside is None else [cache, beside])
         if self.trace is not None:
             self.trace.round_begins(cache)
-        self.held_before, self.round_started = cache.held, time.perf_counter()
+        self.held_before, self.round_started = cache.held, self.now()
 
     def round_ends(self, cache: KVCache, due: list[bool], owners: Sequence[int], done) -> None:
         """Row r of the cache is sequence owners[r]; done: what the policy's round gave back."""
-        self.stats.prune_seconds += time.perf_counter() - self.round_started
+        self.stats.prune_seconds += self.now() - self.round_started
         self.stats.rounds += sum(due)
         self.stats.evicted_tokens += self.held_before - cache.held
         if self.trace is not None:
@@ -161,8 +174,9 @@ class Meter:
             if self.trace is not None:
                 self.trace.ends(sequence, cache.seen[row], roster.sequences[sequence])
 
-    def close(self) -> Stats:
+    def close(self, capture_seconds: float) -> Stats:
         stats, full = self.stats, self.stats.kv_bytes_full
+        stats.capture_seconds = capture_seconds
         stats.compile_seconds = compile_seconds() - self.compiled
         elapsed = time.perf_counter() - self.started
         stats.decode_seconds = elapsed - stats.prefill_seconds - stats.compile_seconds

@@ -87,13 +87,14 @@ class Trace:
         if self.data["policy"].get("budget") is not None:
             facts["budget"] = [layer[i] for layer in done.shares]
         facts["recent"] = [layer[i] for layer in done.recent]
-        breakpoints = [layer[i] for layer in done.breakpoints]
+        pairs = zip(done.salient, before, strict=True)
+        breakpoints = [n[i] if n[i] < held.shape[1] else None for n, held in pairs]
         if any(found is not None for found in breakpoints):
             facts["breakpoint"] = breakpoints
         packed = []
         for positions, importance in zip(before, done.importance, strict=True):
             slots = positions.shape[1]
-            scores = importance[row, :, :slots].float().cpu().numpy()  # (1 or heads, slots)
+            scores = importance[i, :, :slots].float().cpu().numpy()  # (1 or heads, slots)
             packed.append(pack(_mean(positions, np.broadcast_to(scores, positions.shape))))
         columns = zip(*packed, strict=True)
         return facts | dict(zip(("scores", "low", "high"), map(list, columns), strict=True))

@@ -5,16 +5,16 @@ before attention counts, a choice per head, a part of the budget that layers sha
 on what one layer counts. Each is an option, and a value switches it off.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import BLOCK, KVCache, LayerCache, Notes
-from ..kernels import widened
-from ..options import option
+from ..cache import KVCache, LayerCache, Notes
+from ..kernels import BLOCK, to_device, widened
+from ..options import option, part
 from ..policy import ALLOCATIONS, BREAKPOINTS, Lethe
 from ..rope import rope_cos_sin, rotate
 from .pyramidkv import pyramid
@@ -42,7 +42,7 @@ class LethePlus(Lethe):
     value_norm: bool = option(False, "weigh a token's score by the norm of its value")
 
     def notes(self) -> Notes:
-        return Notes(self.scored, self.window, self.lag)
+        return replace(super().notes(), lag=self.lag)
 
     def scores(self, layer: LayerCache) -> Tensor:
         return layer.scores if self.per_head else super().scores(layer)
@@ -61,50 +61,51 @@ class LethePlus(Lethe):
             weights = weights.minimum(self.cap * weights.quantile(0.5, dim=1, keepdim=True))
         return torch.lerp(weights, weights.mean(1, keepdim=True), self.even_share)
 
-    def always(self, layer: LayerCache, rows, protected, rooms) -> Tensor:
+    def always(self, layer: LayerCache, rows: Tensor, protected: Tensor, rooms: Tensor) -> Tensor:
         """And the newest tokens that no newer one repeats: facts that no query has asked for."""
-        kept = super().always(layer, rows, protected, rooms)  # (len(rows), H_kv, S)
-        recent = [self.recent(room) for room in rooms]
-        pairs = zip(rooms, recent, strict=True)
-        places = [int(self.distinct_ratio * (room - newest)) for room, newest in pairs]
-        if not any(places):
+        kept = super().always(layer, rows, protected, rooms)  # (R, H_kv, S)
+        if not self.distinct_ratio:
             return kept
-        # What is judged for the first time was recent at the last round: newer tokens are near.
-        near = torch.tensor(recent, device=kept.device) + self.interval
-        cosine = repeats(keys_before_rope(layer, rows), layer.filled[rows], near)
-        cosine = cosine[..., : layer.length]  # (len(rows), H_kv, S)
+        recent = self.recent(rooms)
+        places = part(self.distinct_ratio, rooms - recent)[:, None, None]
+        # What is judged for the first time was recent at the last round: newer tokens are near. The
+        # host knows no layer's share, but that hardly any has twice the mean.
+        most = [2 * int(self.recent_ratio * self.limit(0, seen)) for seen in layer.seen.counts]
+        most = [max(n, self.min_recent) for n in most]
+        near = recent.minimum(to_device(most, rows.device)[rows]) + self.interval
+        oldest = min(n - m for n, m in zip(layer.lengths, most, strict=True)) - self.interval
+        cosine = repeats(keys_before_rope(layer, rows), layer.filled[rows], near, oldest)
+        cosine = cosine[..., : layer.length]  # (R, H_kv, S)
         if not self.per_head:
             cosine = cosine.mean(1, keepdim=True)
-        distinct = ~kept & (cosine <= self.alike)
+        distinct = ~kept & (cosine <= self.alike) & layer.valid()[rows]
         newest = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest
-        return kept | distinct & (newest <= torch.tensor(places, device=kept.device)[:, None, None])
+        return kept | distinct & (newest <= places)
 
 
-def keys_before_rope(layer: LayerCache, rows: list[int]) -> Tensor:
-    """(len(rows), H_kv, capacity, D): these sequences' keys as they were before RoPE. All storage,
-    as while decoding, so that shapes repeat; beyond a sequence's length it is zero."""
-    slots = torch.arange(layer.capacity, device=layer.filled.device)
-    keys = layer.store["keys"][rows]
-    for row, one in zip(rows, keys, strict=True):  # turned in place, for the memory's sake
-        angles = slots if layer.compact else layer.store["positions"][row]
-        one.copy_(rotate(one, *rope_cos_sin(-angles, layer.inv_freq.float())))
-    return keys
+def keys_before_rope(layer: LayerCache, rows: Tensor) -> Tensor:
+    """(R, H_kv, capacity, D): these sequences' keys as they were before RoPE. All storage, as while
+    decoding, so that shapes repeat; beyond a sequence's length it is zero."""
+    slots = torch.arange(layer.capacity, device=rows.device)
+    angles = slots if layer.compact else layer.store["positions"][rows]
+    return rotate(layer.store["keys"][rows], *rope_cos_sin(-angles, layer.inv_freq.float()))
 
 
-def repeats(keys: Tensor, lengths: Tensor, near: Tensor) -> Tensor:
+def repeats(keys: Tensor, lengths: Tensor, near: Tensor, oldest: int) -> Tensor:
     """How well a newer token may stand for each: the highest cosine of its key with a newer one's,
     among the last `near`, about the mean of all keys; 0 if none is alike.
 
-    keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,).
-    -> (B, H_kv, S), as exact as the keys' dtype, of no meaning beyond the length.
+    keys: (B, H_kv, S, D) before RoPE, zero beyond each sequence's length; lengths, near: (B,);
+    oldest: no token in a slot before it is near. -> (B, H_kv, S), as exact as the keys' dtype, of
+    no meaning beyond the length.
     """
-    S, block, oldest = keys.shape[2], 2 * BLOCK, lengths - near
+    S, block = keys.shape[2], 2 * BLOCK
     mean = keys.sum(2, keepdim=True, dtype=torch.float32) / lengths[:, None, None, None]
     unit = F.normalize(keys - mean, dim=-1)
     unit = widened(unit.to(keys.dtype))[0]  # 16 bits are for the products alone
     slots = torch.arange(S, device=keys.device)
-    judges = (slots >= oldest[:, None]) & (slots < lengths[:, None])
-    most, start = unit.new_zeros(unit.shape[:3]), max(0, int(oldest.min())) // block * block
+    judges = (slots >= (lengths - near)[:, None]) & (slots < lengths[:, None])
+    most, start = unit.new_zeros(unit.shape[:3]), max(0, oldest) // block * block
     for first in range(start, S, block):  # so that memory is linear in S
         last = first + block
         newer = unit[:, :, first:last] * judges[:, None, first:last, None]

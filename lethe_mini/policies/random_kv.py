@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache, LayerCache
+from ..kernels import uniform
 from ..options import option
 from ..policy import Pruner
 
@@ -20,10 +21,7 @@ class RandomKV(Pruner):
     seed: int = option(0, "seed of the draws", low=0)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
-        draws = torch.zeros(layer.positions.shape)
-        for row, length in enumerate(layer.lengths):
-            # From what the sequence itself has seen, so that neighbours change nothing.
-            key = random.Random(f"{self.seed}-{layer.index}-{cache.seen[row]}").getrandbits(63)
-            generator = torch.Generator().manual_seed(key)
-            draws[row, :, :length] = torch.rand(draws.shape[1], length, generator=generator)
-        return draws.to(layer.positions.device)
+        heads, slots = (torch.arange(n, device=cache.device) for n in layer.positions.shape[1:])
+        # From what the sequence itself has seen, so that neighbours change nothing.
+        counts = (cache.next[:, None, None] << 40) + (heads[:, None] << 28) + slots
+        return uniform(random.Random(f"{self.seed}-{layer.index}").getrandbits(63), counts)

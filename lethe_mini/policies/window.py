@@ -13,8 +13,7 @@ def window_logits(layer: LayerCache, cache: KVCache) -> tuple[Tensor, Tensor]:
     B, _, W, D = queries.shape
     grouped = queries.view(B, keys.shape[1], -1, W, D) * D**-0.5
     logits = torch.matmul(grouped, keys.transpose(2, 3)[:, :, None]).float()
-    seen = torch.tensor(cache.seen, device=cache.device)
-    places = seen[:, None] + torch.arange(-W, 0, device=cache.device)  # (B, W)
+    places = cache.next[:, None] + torch.arange(-W, 0, device=cache.device)  # (B, W)
     ahead = layer.positions[:, :, None] > places[:, None, :, None]  # (B, H_kv, W, S)
     hidden = (ahead | ~layer.valid()[:, :, None])[:, :, None]
     # A query that was never asked looks everywhere, so that its softmax is finite; callers drop it.

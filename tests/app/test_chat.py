@@ -372,10 +372,10 @@ def test_ctrl_c_loses_nothing_and_reads_nothing_twice(monkeypatch, engine, name,
     options = {"max_new_tokens": 40, "ignore_eos": True, "prefill_chunk": chunk}
     chat = Conversation(noting, CASES[name], **options)
     turns = [(SAY[0], chat.say(SAY[0]).sequences[0].token_ids)]
-    reserve, calls = LayerCache.reserve, []
+    place, calls = LayerCache.place, []
 
     def interrupted(self, *args):
-        done = reserve(self, *args)
+        done = place(self, *args)
         calls.append(self.index)
         if len(calls) == call + 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -383,7 +383,7 @@ def test_ctrl_c_loses_nothing_and_reads_nothing_twice(monkeypatch, engine, name,
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(LayerCache, "reserve", interrupted)
+        patch.setattr(LayerCache, "place", interrupted)
         one = chat.say(SAY[2]).sequences[0]
     assert signal.getsignal(signal.SIGINT) is before
     assert one.finish_reason == "interrupted"

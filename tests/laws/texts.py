@@ -11,6 +11,7 @@ from noise import held_positions
 
 from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.config import parse_config
+from lethe_mini.checkpoint.load import named_weights
 from lethe_mini.engine import Engine
 from lethe_mini.model import Transformer
 
@@ -32,7 +33,7 @@ def new_model(dtype=torch.float32, **changes):
     """Random weights, queries and keys large enough for peaked attention."""
     torch.manual_seed(7)
     model = Transformer(parse_config(SIZES | changes)).eval()
-    for name, weight in model.named_parameters():
+    for name, weight in sorted(named_weights(model).items()):
         if "norm" not in name:
             scale = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
             torch.nn.init.normal_(weight, std=scale * weight.shape[-1] ** -0.5)
@@ -85,8 +86,8 @@ def full_pass(model, tokens, looks, compact=False):
     x = model.embed_tokens(torch.tensor(tokens))
     for layer, block in enumerate(model.layers):
         attn, y = block.self_attn, block.input_layernorm(x)
-        q = attn.q_norm(attn.q_proj(y).view(T, 6, 10))
-        k, v = attn.k_norm(attn.k_proj(y).view(T, 2, 10)), attn.v_proj(y).view(T, 2, 10)
+        q, k, v = (part.view(T, -1, 10) for part in attn.qkv_proj(y))
+        q, k = attn.q_norm(q), attn.k_norm(k)
         out = torch.zeros(T, 6, 10)
         for t in range(T):
             for group in range(2):
