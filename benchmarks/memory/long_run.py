@@ -23,9 +23,9 @@ from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware, resident_bytes
 from benchmarks.common.results import write_json
 from lethe_mini import Engine, LethePlus
-from lethe_mini.cache import blocks
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.generation.stats import allocated, kv_bytes
+from lethe_mini.kernels import blocks
 from lethe_mini.model import Transformer
 
 SIZES = {

@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.common.commands import user_errors
 from lethe_mini import model as model_module
 from lethe_mini.checkpoint.config import parse_config
+from lethe_mini.checkpoint.load import named_weights
 from lethe_mini.errors import UserError
 from lethe_mini.jsonlines import Appender
 from lethe_mini.model import Transformer
@@ -150,7 +151,7 @@ def build(seed: int) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(parse_config(CONFIG))
     model.init_rope("cpu")
-    for name, weight in model.named_parameters():
+    for name, weight in named_weights(model).items():
         if name.endswith("bias"):
             torch.nn.init.zeros_(weight)
         elif weight.dim() == 2:
@@ -167,6 +168,13 @@ SLOW = D // 4  # from here on RoPE's pairs are slow: they turn by less than 2 ra
 GROUP = CONFIG["num_attention_heads"] // CONFIG["num_key_value_heads"]
 
 
+def weights_of_layer(model: Transformer, index: int) -> dict[str, torch.Tensor]:
+    """A layer's attention weights, by their names."""
+    start = f"layers.{index}.self_attn."
+    weights = named_weights(model).items()
+    return {name.removeprefix(start): weight for name, weight in weights if name.startswith(start)}
+
+
 @torch.no_grad()
 def look_back(model: Transformer, strength: float = 6.5) -> None:
     """Sets biases in layer 0: query head n of group 0 attends n + 1 words back, to any word.
@@ -174,14 +182,14 @@ def look_back(model: Transformer, strength: float = 6.5) -> None:
     Before RoPE all keys have the same angle, and the query is turned back by n + 1 positions. Their
     product is largest where RoPE turns the two by just as much.
     """
-    first = model.layers[0].self_attn
-    first.k_proj.weight[:D] *= 0.1  # so the word hardly matters
-    first.q_proj.weight[: GROUP * D] *= 0.1
-    first.k_proj.bias[:SLOW] = strength  # of the pairs (i, i + D/2), the fast ones
+    first = weights_of_layer(model, 0)
+    first["k_proj.weight"][:D] *= 0.1  # so the word hardly matters
+    first["q_proj.weight"][: GROUP * D] *= 0.1
+    first["k_proj.bias"][:SLOW] = strength  # of the pairs (i, i + D/2), the fast ones
     for head in range(GROUP):
         angle = -(head + 1) * model.inv_freq[:SLOW]
-        first.q_proj.bias[head * D :][:SLOW] = strength * angle.cos()
-        first.q_proj.bias[head * D + D // 2 :][:SLOW] = strength * angle.sin()
+        first["q_proj.bias"][head * D :][:SLOW] = strength * angle.cos()
+        first["q_proj.bias"][head * D + D // 2 :][:SLOW] = strength * angle.sin()
 
 
 @torch.no_grad()
@@ -191,13 +199,13 @@ def look_up(model: Transformer, written: float = 0.3) -> None:
     Group 0 compares the present word with the one before each word; group 1 the word before the
     present one with the word two before each.
     """
-    first, second = (model.layers[index].self_attn for index in (0, 1))
+    first, second = (weights_of_layer(model, index) for index in (0, 1))
     axes = torch.linalg.qr(torch.randn(CONFIG["hidden_size"], (GROUP + 1) * D))[0].T
     word, *back = axes.split(D)  # directions of the word itself, and of the words before it
-    first.v_proj.weight[:D] = word
+    first["v_proj.weight"][:D] = word
     for head in range(GROUP):
-        first.o_proj.weight[:, head * D : (head + 1) * D] = written * back[head].T
-    first.o_proj.weight[:, GROUP * D :] *= 0.2  # the rest of the layer begins small
+        first["o_proj.weight"][:, head * D : (head + 1) * D] = written * back[head].T
+    first["o_proj.weight"][:, GROUP * D :] *= 0.2  # the rest of the layer begins small
     model.layers[0].mlp.down_proj.weight *= 0.2
     # Only pairs that RoPE hardly turns compare alike near and far.
     slow = torch.cat((torch.arange(SLOW, D // 2), torch.arange(D // 2 + SLOW, D)))
@@ -205,15 +213,23 @@ def look_up(model: Transformer, written: float = 0.3) -> None:
     # The word itself is weaker in the residual stream than what attention wrote there.
     pairs = (word, back[0], 5.0), (back[0], back[1], 2.0)
     for group, (wanted, held, strength) in enumerate(pairs):
-        second.k_proj.weight[group * D + slow] = held[:used]
+        second["k_proj.weight"][group * D + slow] = held[:used]
         for head in range(group * GROUP, (group + 1) * GROUP):
-            second.q_proj.weight[head * D + slow] = strength * wanted[:used]
+            second["q_proj.weight"][head * D + slow] = strength * wanted[:used]
 
 
 def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices (arXiv 2502.16982), AdamW for the embedding and the norms."""
-    matrices = [w for n, w in model.named_parameters() if w.dim() == 2 and "embed" not in n]
-    rest = [w for n, w in model.named_parameters() if w.dim() == 1 or "embed" in n]
+    """Muon for the matrices (arXiv 2502.16982), AdamW for the embedding and the norms. Each sees
+    the weights one by one, also where the model joins them: rows of a parameter and of its
+    gradient, which therefore have to stay where they are."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = named_weights(model, lambda parameter: parameter.grad)
+    weights = {name: torch.nn.Parameter(weight) for name, weight in named_weights(model).items()}
+    for name, weight in weights.items():
+        weight.grad = gradients[name]
+    matrices = [w for n, w in weights.items() if w.dim() == 2 and "embed" not in n]
+    rest = [w for n, w in weights.items() if w.dim() == 1 or "embed" in n]
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
@@ -289,7 +305,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         for optimizer in run.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
 
         learned = targets >= 0
         right = (logits.detach().argmax(-1) == targets) & learned
@@ -361,8 +377,7 @@ def export(model: Transformer, folder: Path) -> None:
     build_tokenizer().save(str(folder / "tokenizer.json"))
     weights = {
         f"model.{name}": weight.detach().contiguous()
-        for name, weight in model.state_dict().items()
-        if name != "lm_head.weight"  # tied
+        for name, weight in named_weights(model).items()
     }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 

@@ -17,10 +17,11 @@ from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.checkpoint.demo import MEMBER, cache_root, fetch
 from lethe_mini.checkpoint.load import resolve
 from lethe_mini.checkpoint.text import Text
+from lethe_mini.generation.capture import Replayed
 from lethe_mini.generation.stats import allocated, kv_bytes, token_bytes
+from lethe_mini.kernels import PREFILL_CHUNK, best_size
 from lethe_mini.model import Transformer
 
-PREFILL_CHUNK = 512  # tokens; Engine.generate's default
 ROUNDS = 3  # how often a round is timed, each on a copy of its own
 UNLIMITED = 1 << 24  # a budget above any text
 
@@ -102,11 +103,12 @@ class Ours(System):
         self.sync()
         start = time.perf_counter()
         self.cache = cache = self.new_cache(len(ids))
-        for first in range(0, len(ids), PREFILL_CHUNK):
-            part = torch.tensor([ids[first : first + PREFILL_CHUNK]], device=self.engine.device)
+        chunk = best_size(PREFILL_CHUNK, self.engine.device)
+        for first in range(0, len(ids), chunk):
+            part = torch.tensor([ids[first : first + chunk]], device=self.engine.device)
             logits = self.engine.model(part, cache=cache, last_only=True)
-        self.tokens = logits[:, -1].argmax(-1)
-        self.chosen = self.tokens.tolist()
+        self.tokens = logits[:, -1].argmax(-1, keepdim=True)
+        self.chosen = self.tokens[:, 0].tolist()
         seconds = time.perf_counter() - start
         if self.settings["shape"] is not None and policy.scored:
             shape_scores(cache)
@@ -115,7 +117,8 @@ class Ours(System):
             seconds += self._prune(batch)
         elif batch > 1:
             cache.select([0] * batch)
-        self.tokens = self.tokens.repeat(batch)
+        self.tokens = self.tokens.repeat(batch, 1)
+        self.replayed = Replayed(self._step, self.engine.device)
         return seconds
 
     def _prune(self, batch: int) -> float:
@@ -143,10 +146,15 @@ class Ours(System):
             self.cache = cache
         return seconds
 
-    def forward(self) -> list[int]:
+    def _step(self) -> None:
+        """As the engine's."""
         self.policy.decay(self.cache)
-        self.tokens = self.engine.model(self.tokens[:, None], cache=self.cache)[:, -1].argmax(-1)
-        return self.tokens.tolist()
+        logits = self.engine.model(self.tokens, cache=self.cache)[:, -1]
+        self.tokens.copy_(logits.argmax(-1, keepdim=True))
+
+    def forward(self) -> list[int]:
+        self.replayed(self.cache, self.tokens)
+        return self.tokens[:, 0].tolist()
 
     def decode(self, count: int) -> dict:
         """So many tokens as in a real run, with rounds where they are due. Seconds of each step

@@ -30,7 +30,7 @@ from benchmarks.common.results import write_json
 from benchmarks.common.words import word_ids
 from benchmarks.speed.ours import Ours
 from benchmarks.speed.rows import quartiles
-from lethe_mini.cache import LayerCache
+from lethe_mini.cache import KVCache, LayerCache
 from lethe_mini.checkpoint.load import resolve
 from lethe_mini.checkpoint.text import Text
 from lethe_mini.policy import Lethe
@@ -49,7 +49,9 @@ FUNCTIONS = {
 }
 METHODS = {
     (Lethe, "decay"): "scoring: decay",
-    (LayerCache, "reserve"): "cache: bookkeeping",
+    (KVCache, "reserve"): "cache: bookkeeping",
+    (KVCache, "count"): "cache: bookkeeping",
+    (LayerCache, "place"): "cache: bookkeeping",
 }
 
 

@@ -248,7 +248,7 @@ def test_a_task_that_the_gym_has_not_is_named_with_those_near_it():
         problems.load("gym:", 3, (), 0)
 
 
-def test_a_models_words_are_never_run(tmp_path):
+def test_the_gym_never_runs_a_models_words(tmp_path):
     """n_queens runs an answer that is no board as Python."""
     pytest.importorskip("reasoning_gym")
     there = tmp_path / "there"
@@ -674,7 +674,7 @@ def command(folder, tmp_path, capsys, engine):
 
 def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
     pytest.importorskip("math_verify")
-    argv = ["--policies", "full", "lethe-plus", "lethe", "h2o", "--budget", "90%", "none"]
+    argv = ["--policies", "full", "lethe-plus", "lethe", "h2o", "--budget", "98%", "none"]
     argv += ["--interval", "8"]
     argv += ["--lines", tmp_path / "l.jsonl", "--json", tmp_path / "f.json"]
     code, out, _ = command(*argv)
@@ -695,12 +695,12 @@ def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
         )
         / 2
     )
-    assert percent["policy"]["budget"] == round(0.9 * mean_length)
+    assert percent["policy"]["budget"] == round(0.98 * mean_length)
     assert full["groups"].keys() == {"a", "b"}
     assert facts["rows"][4]["policy"]["budget"] is None
     head, rule, *lines = [line for line in out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in (head, rule, *lines[:5])} == {12}
-    assert f"| lethe-plus | protected | 90% = {percent['policy']['budget']} |" in out
+    assert f"| lethe-plus | protected | 98% = {percent['policy']['budget']} |" in out
     before = (tmp_path / "l.jsonl").read_bytes()
     assert command(*argv)[:2] == (0, out)
     assert (tmp_path / "l.jsonl").read_bytes() == before

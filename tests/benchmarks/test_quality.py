@@ -83,8 +83,7 @@ def test_reading_in_chunks_is_the_engine(monkeypatch, policy, prompt, interval, 
         policy = dataclasses.replace(policy, interval=interval)
     model = tiny.model(spread=1.0)
     for layer in model.layers:  # attention with preferences, but logits that stay small
-        layer.self_attn.q_proj.weight.mul_(1.5)
-        layer.self_attn.k_proj.weight.mul_(1.5)
+        layer.self_attn.qkv_proj.weight[: 8 * 10].mul_(1.5)  # of six query and two key heads
     model.lm_head.weight.mul_(0.5)
     ids = torch.randint(256, (prompt,), generator=torch.Generator().manual_seed(3)).tolist()
     new, right, left = by_token(model, policy, ids, sum(parts))
