@@ -125,10 +125,8 @@ def test_the_policies_of_the_guide_prune():
     assert final == sorted(final)
     assert final[0] < final[-1]
 
-    cache, kv = KVCache(parse_config(SIZES)), torch.zeros(1, 2, 23, 6)
-    for layer in cache.layers:
-        tiny.put(layer, kv, kv, torch.arange(23)[None])
-    cache.seen = [23]
+    cache = KVCache(parse_config(SIZES))
+    tiny.put(cache, [torch.zeros(2, 1, 2, 23, 6)] * len(cache.layers))
     names["EverySecond"](budget=9, sinks=0, recent_ratio=0.0).round(cache, [True])
     for layer in cache.layers:  # the last one is always recent, and even
         assert layer.positions[0, 1].tolist() == list(range(6, 23, 2))
@@ -256,7 +254,9 @@ def test_the_readme_is_short_and_its_two_commands_are_there():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 140
     setup = "python3 -m venv .venv && .venv/bin/pip install -e"
     assert marked("run") == f"{setup} . && .venv/bin/python generate.py --lethe"
-    assert marked("tests") == f"{setup} '.[test]' && .venv/bin/python -m pytest -n 2"
+    assert (
+        marked("tests") == f"{setup} '.[test]' && .venv/bin/python -m pytest -n 2 --dist worksteal"
+    )
 
 
 def test_the_readme_counts_the_lines_of_the_reading_path():
