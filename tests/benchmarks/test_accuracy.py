@@ -401,7 +401,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return Engine.from_pretrained(str(folder), "cpu", "float32")
+    """In float64, where rounding that depends on the batch changes no draw."""
+    engine = Engine.from_pretrained(str(folder), "cpu", "float32")
+    return Engine(engine.model.double(), engine.text, engine.name)
 
 
 OPTIONS = {
