@@ -205,6 +205,13 @@ def harmless(answer: str) -> bool:
     return not reaches and all(name in CALLABLE for name in called)
 
 
+# What gsm_symbolic's questions end in keeps some models from reasoning at all.
+RESULT_ONLY = (
+    "Give the result as your final answer. Do not include units.",
+    "Write down every step, and give the number alone, without units, as your final answer.",
+)
+
+
 class Gym:
     """reasoning-gym's datasets, each made once."""
 
@@ -230,7 +237,8 @@ class Gym:
         from reasoning_gym.utils import SYSTEM_PROMPTS
 
         dataset = self.dataset(name, seed, count)
-        return [f"{SYSTEM_PROMPTS['default']}\n{dataset[i]['question']}" for i in range(count)]
+        questions = [dataset[i]["question"].replace(*RESULT_ONLY) for i in range(count)]
+        return [f"{SYSTEM_PROMPTS['default']}\n{question}" for question in questions]
 
     def score(self, answer: str, name: str, seed: int, count: int, index: int) -> float:
         dataset = self.dataset(name, seed, count)

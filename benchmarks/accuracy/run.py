@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.grading import PACKAGES, Grader, extract, version
 from benchmarks.accuracy.problems import SUBJECTS, Problem, load
+from benchmarks.common import coder
 from benchmarks.common.hardware import hardware
 from benchmarks.common.results import Lines, mean_with_interval, write_json
 from benchmarks.quality.choices import CHOICES, PROTECT, Cell, budget_text, prompt_column
@@ -485,9 +486,7 @@ def run(argv: list[str] | None) -> int:
         check_writable(path)
     lines = Lines(args.lines)
     problems = load(args.task, args.problems, tuple(args.subjects), args.gym_seed)
-    engine = Engine.from_pretrained(
-        args.model, args.device, args.dtype, args.revision, args.compile
-    )
+    engine = coder.load(args.model, args.device, args.dtype, args.revision, args.compile)
     greedy = args.temperature == 0
     options = {
         "model": engine.name,
