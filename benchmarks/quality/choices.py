@@ -5,6 +5,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from benchmarks.common.coder import checkpoint
 from lethe_mini import FullKV, Lethe, LethePlus, Policy
 from lethe_mini.checkpoint.load import resolve
 from lethe_mini.jsonlines import digest
@@ -150,5 +151,5 @@ def markdown(rows: list[dict], names: dict[str, str], held: Callable[[dict], str
 
 def weights_of(model: str) -> str:
     """A short name for a checkpoint's weights, whatever their folder is called."""
-    files = sorted(resolve(model).glob("*.safetensors"))
+    files = sorted(resolve(checkpoint(model)).glob("*.safetensors"))
     return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])

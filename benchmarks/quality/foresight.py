@@ -26,13 +26,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.common import coder
 from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware
 from benchmarks.common.results import Lines, write_json
 from benchmarks.quality.choices import CHOICES, Cell, budget_text, tokens_of
 from benchmarks.quality.reading import CHUNK, SPLITS, Reader, stretches
 from benchmarks.quality.run import Bench, Prose, make_cells, prose_readings, run_prose, table
-from lethe_mini import Engine, FullKV, Policy, Pruner, attention
+from lethe_mini import FullKV, Policy, Pruner, attention
 from lethe_mini.cache import KVCache, LayerCache
 
 SINK = 0.01  # of all mass of a head
@@ -91,7 +92,7 @@ class Foretold(Prose):
         return super().read(policy) | {"looks": self.looks.tolist(), "lost": self.lost.tolist()}
 
     def note(self, interval: int, mass: Callable[..., Tensor]) -> dict[int, Mass]:
-        reader, noted = Reader(self.bench.engine, Noting(interval), self.bench.prompt), {}
+        reader, noted = Reader(self.bench.engine, Noting(interval), self.prompt), {}
         with mock.patch.object(attention, "received_mass", mass):
             for _ in reader.read(self.ids[:-1], last_only=True):
                 noted[reader.cache.seen[0]] = [x.scores[0].clone() for x in reader.cache.layers]
@@ -147,6 +148,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", default="demo", help="default: %(default)s")
+    add("--dtype", default="float32", help="default: %(default)s")
     add("--split", choices=SPLITS, default="report", help="which half of the texts (%(default)s)")
     add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
     add("--texts", type=int, default=6, help="how many (default: %(default)s)")
@@ -169,7 +171,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints both tables and writes the figures."""
-    engine = Engine.from_pretrained(args.model, dtype="float32")
+    engine = coder.load(args.model, dtype=args.dtype)
     bench = Bench(engine, Lines(args.lines), args.prompt)
     texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
     cells = make_cells(args, args.tokens)
@@ -180,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
             cells.append(Cell(f"foresight {fade:g}", budget, False, policy))
     rows = run_prose(bench, cells, texts, CHUNK, read=Foretold)
     found = bench.results(cells, prose_readings(bench, texts, CHUNK, Foretold), len(texts))
-    print(f"{args.model} in float32, texts to {args.split}; {hardware()}\n")
+    print(f"{args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
     print(table("prose", rows), "\n\nattention lost, in %:\n")
     print(by_layer(cells[1:], found[1:]))
     layers = [[{name: one[name] for name in ("looks", "lost")} for one in ones] for ones in found]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality.run reason [--split choose|report] [--budget 10% ...] [--quick]
     python -m benchmarks.quality.run prose  [--split choose|report] [--budget 128 10% ...] [--quick]
+    python -m benchmarks.quality.run own    [--split choose|report] [--budget 128 10% ...] [--quick]
     python -m benchmarks.quality.run needle [--split choose|report] [--budget 128 10% ...] [--quick]
 
 `reason`: the reasoner solves problems. Measured is how often it is right, how long its chains are,
@@ -13,6 +14,9 @@ there is one right chain (chains.py).
 `prose`: Python's own help texts, teacher-forced. Measured is nats per token, and agreement with the
 full cache: how often the likeliest token is the same, and the Kullback-Leibler divergence from the
 full cache's distribution.
+
+`own`: the same, on chains that the model itself wrote with the full cache (own.py). Only what it
+wrote is counted.
 
 `needle`: prose states a fact once, goes on, and asks for it. Measured is how likely the answer is,
 and how often greedy decoding would write it.
@@ -41,10 +45,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import coder
 from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware
 from benchmarks.common.results import Lines, mean_with_interval, write_json
-from benchmarks.quality import reason
+from benchmarks.quality import own, reason
 from benchmarks.quality.choices import (
     BUDGETS,
     CHOICES,
@@ -148,11 +153,13 @@ class Prose:
 
     def __init__(self, bench: Bench, ids: list[int], block: int):
         self.bench, self.ids, self.block = bench, ids, block
+        self.prompt = bench.prompt
+        self.counted = torch.ones(len(ids) - self.prompt - 1, dtype=torch.bool)
         self.full: torch.Tensor | None = None  # log-probabilities (T, vocab), once needed
 
     def log_probs(self, reader: Reader) -> Iterable[torch.Tensor]:
         """Log-probabilities of what follows each token behind the prompt, in chunks (T, vocab)."""
-        prompt = self.bench.prompt
+        prompt = self.prompt
         for _ in reader.read(self.ids[:prompt], last_only=True):
             pass
         for logits in reader.read(self.ids[prompt:-1]):
@@ -160,13 +167,14 @@ class Prose:
 
     @torch.inference_mode()
     def read(self, policy: Policy) -> dict:
-        """Sums over blocks of tokens: nats, KL from the full cache in nats, agreements with it."""
-        bench = self.bench
+        """Sums over blocks of the tokens that count: nats, KL from the full cache in nats,
+        agreements with it."""
+        engine = self.bench.engine
         if self.full is None:
-            full = self.log_probs(Reader(bench.engine, FullKV(), bench.prompt))
+            full = self.log_probs(Reader(engine, FullKV(), self.prompt))
             self.full = torch.cat(list(full))
-        reader, done = Reader(bench.engine, policy, bench.prompt), 0
-        targets = torch.tensor(self.ids[bench.prompt + 1 :], device=self.full.device)
+        reader, done = Reader(engine, policy, self.prompt), 0
+        targets = torch.tensor(self.ids[self.prompt + 1 :], device=self.full.device)
         columns: dict[str, list[torch.Tensor]] = {"nats": [], "kl": [], "agree": []}
         for ours in self.log_probs(reader):
             theirs = self.full[done : done + len(ours)]
@@ -175,25 +183,35 @@ class Prose:
             columns["kl"].append((theirs.exp() * (theirs - ours)).sum(-1))
             columns["agree"].append((ours.argmax(-1) == theirs.argmax(-1)).float())
             done += len(ours)
-        blocks = {name: torch.cat(parts).split(self.block) for name, parts in columns.items()}
+        counted = {name: torch.cat(parts).cpu()[self.counted] for name, parts in columns.items()}
+        blocks = {name: values.split(self.block) for name, values in counted.items()}
         sums = {name: [part.sum().item() for part in parts] for name, parts in blocks.items()}
         counts = [len(part) for part in blocks["nats"]]
         return {**sums, "tokens": counts, "rounds": reader.rounds}
 
 
-def prose_readings(
-    bench: Bench, texts: list[list[int]], block: int, read: type[Prose] = Prose
-) -> Iterable:
+class Own(Prose):
+    """The model's own chains, of which only what it wrote counts."""
+
+    def __init__(self, bench: Bench, text: own.Text, block: int):
+        super().__init__(bench, text.ids, block)
+        self.prompt = text.prompt
+        self.counted = torch.tensor(text.own[text.prompt + 1 :])
+
+
+def prose_readings(bench: Bench, texts: list, block: int, read: type[Prose] = Prose) -> Iterable:
     """For Bench.results, one at a time, since a text holds the full cache's log-probabilities."""
-    for ids in texts:
-        facts = {"task": read.__name__.lower(), "text": digest(ids), "block": block}
-        yield read(bench, ids, block).read, facts
+    for text in texts:
+        one = read(bench, text, block)
+        facts = {"task": read.__name__.lower(), "text": digest(one.ids), "block": block}
+        facts["prompt"] = one.prompt
+        yield one.read, facts
 
 
 def run_prose(
     bench: Bench,
     cells: list[Cell],
-    texts: list[list[int]],
+    texts: list,
     block: int,
     rival: str = "random",
     read: type[Prose] = Prose,
@@ -343,8 +361,10 @@ def table(task: str, rows: list[dict]) -> str:
     return markdown(rows, HEADS[task], lambda row: f"{row['kept']:.0f}")
 
 
+HEADS["own"] = HEADS["prose"]
 QUICK = {  # a few minutes on two cores in all
     "prose": {"texts": 1, "tokens": 640, "budget": ["25%"]},
+    "own": {"texts": 1, "tokens": 320, "count": 4, "max_new_tokens": 160, "budget": ["25%"]},
     "needle": {"needles": 4, "haystack": [500], "budget": ["25%"]},
     "reason": {"problems": 10, "budget": ["25%"]},
 }
@@ -406,6 +426,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=128,
         help="tokens that the bootstrap draws together (%(default)s)",
     )
+    chains = tasks.add_parser("own", help="the same, on what the model itself wrote")
+    shared(chains, "demo", 64, choices)
+    add = chains.add_argument
+    add("--problems", default="gym:gsm_symbolic", help="gym:NAME,NAME or FILE.jsonl (%(default)s)")
+    add("--count", type=int, default=150, help="problems of each kind (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=512, help="of a chain (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="chains written at once (default: %(default)s)")
+    add("--tokens", type=int, default=1500, help="least of a text (default: %(default)s)")
+    add("--alone", action="store_true", help="one problem a text, instead of as many as it takes")
+    add("--texts", type=int, default=16, help="most of them (default: %(default)s)")
+    add("--rival", default="random", choices=choices, help="policy to compare with (%(default)s)")
+    add("--block", type=int, default=128, help="tokens that the bootstrap draws together (128)")
     needle = tasks.add_parser("needle", help="recall of a fact stated once")
     shared(needle, "demo", 128, choices)
     add = needle.add_argument
@@ -421,6 +453,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if args.until_wrong and not args.read:
             parser.error("--until-wrong needs --read")
         return args
+    if args.task == "own":
+        return args
     shortest = args.tokens if args.task == "prose" else min(args.haystack)
     if not 0 < args.prompt <= shortest - 64:
         parser.error(f"--prompt should be from 1 to {shortest - 64}, not {args.prompt}")
@@ -431,6 +465,13 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
     """The rows of a task; for `needle`, haystack by haystack."""
     if args.task == "reason":
         return reason.run(engine, args)
+    if args.task == "own":
+        lines = Lines(args.lines)
+        texts = own.texts(engine, args, lines)
+        args.prompt = max(text.prompt for text in texts)
+        mean = round(sum(len(text.ids) for text in texts) / len(texts))
+        bench = Bench(engine, lines, args.prompt)
+        return run_prose(bench, make_cells(args, mean), texts, args.block, args.rival, Own)
     bench = Bench(engine, Lines(args.lines), args.prompt)
     if args.task == "prose":
         texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
@@ -456,7 +497,7 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     with user_errors():
-        engine = Engine.from_pretrained(args.model, args.device, args.dtype)
+        engine = coder.load(args.model, args.device, args.dtype)
         rows = run(engine, args)
         print(f"{args.task}, {args.model} in {args.dtype}, texts to {args.split}; {hardware()}\n")
         show(args, rows)
@@ -467,8 +508,8 @@ def show(args: argparse.Namespace, rows: list[dict]) -> None:
     """Prints the tables of a task."""
     if args.task == "reason":
         reason.show_tables(rows)
-    elif args.task == "prose":
-        print(table("prose", rows), "\n")
+    elif args.task in ("prose", "own"):
+        print(table(args.task, rows), "\n")
     else:
         for haystack in args.haystack:
             mine = [row for row in rows if row["haystack"] == haystack]

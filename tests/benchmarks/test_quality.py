@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.common import results
 from benchmarks.common.results import Lines, mean_with_interval
-from benchmarks.quality import choices, foresight, reading
+from benchmarks.quality import choices, foresight, own, reading
 from benchmarks.quality import run as quality
 from lethe_mini import FullKV, LethePlus, UserError
 from lethe_mini.attention import received_mass
@@ -445,6 +446,55 @@ def test_lines_are_found_again_and_a_torn_one_is_not(tmp_path):
     assert entries == [0.1, 0.2, 0.3]
 
 
+# -- the model's own chains ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    lines = [{"prompt": f"Say {n}. " * (n % 3 + 1), "answer": str(n)} for n in range(8)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def test_halves_of_a_file_share_no_problem(problems):
+    first, second = (own.load(problems, split, 0, 9) for split in reading.SPLITS)
+    assert len(first) == len(second) == 4
+    assert not {*first} & {*second}
+    assert own.load(problems, "choose", 0, 2) == first[:2]
+
+
+def test_chains_are_what_the_engine_writes_and_are_written_once(engine, problems, tmp_path):
+    prompts, lines = own.load(problems, "report", 0, 9), Lines(tmp_path / "lines.jsonl")
+    chains = own.write(engine, prompts, lines, 12, 3)
+    for prompt, chain in zip(prompts, chains, strict=True):
+        alone = engine.generate([prompt], max_new_tokens=12).sequences[0]
+        assert chain == own.Chain(engine.text.encode_prompt(prompt), alone.token_ids)
+    with mock.patch.object(Engine, "generate", side_effect=AssertionError):
+        assert own.write(engine, prompts, lines, 12, 3) == chains
+
+
+def test_texts_are_whole_problems_behind_one_another():
+    chains = [own.Chain([1, 2], [3, 4, 5]), own.Chain([6], [7]), own.Chain([8], [9, 9])]
+    one, *others = own.joined(chains, 6)
+    assert one == own.Text([1, 2, 3, 4, 5, 6, 7], [False] * 2 + [True] * 3 + [False, True], 2)
+    assert not others  # what is left is too short
+    assert own.alone(chains, 4) == [own.Text([1, 2, 3, 4, 5], [False] * 2 + [True] * 3, 2)]
+
+
+@torch.inference_mode()
+def test_only_what_the_model_wrote_counts(engine, prose):
+    """Sums over its tokens, of the same log-probabilities as those of all tokens."""
+    text = own.Text(prose[:61], [n >= 20 and n % 3 == 0 for n in range(61)], 16)
+    policy = LethePlus(budget=20, interval=8, sinks=2, protect_prompt=False)
+    every = quality.Prose(bench(engine), text.ids, 1).read(policy)
+    mine = quality.Own(bench(engine), text, 7).read(policy)
+    places = [n - 17 for n in range(17, 61) if text.own[n]]
+    assert mine["tokens"] == [7, 7]
+    for name in ("nats", "kl", "agree"):
+        assert sum(mine[name]) == pytest.approx(sum(every[name][n] for n in places))
+
+
 @pytest.mark.parametrize("task", ["prose", "needle"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(engine, tmp_path, monkeypatch, task):
     """Nothing is read twice, and the rows are those of a run in one go."""
@@ -477,18 +527,21 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(engine, tmp_path, monkeypa
     assert len(args.lines.read_text().splitlines()) >= 2 * 3
 
 
-@pytest.mark.parametrize("task", ["prose", "needle"])
-def test_the_command_line(small, tmp_path, capsys, task):
+@pytest.mark.parametrize("task", ["prose", "needle", "own"])
+def test_the_command_line(small, tmp_path, capsys, task, problems):
     """A quick run from a checkpoint folder: a table, and JSON with every setting."""
     path = tmp_path / "out.json"
-    quality.main([task, "--model", str(small), "--quick", "--json", str(path), "--device", "cpu"])
+    more = ["--problems", problems] if task == "own" else []
+    quality.main(
+        [task, "--model", str(small), "--quick", "--json", str(path), "--device", "cpu", *more]
+    )
     out = capsys.readouterr().out
     facts = json.loads(path.read_text())
     assert facts["settings"]["choice"] == quality.QUICK_CHOICES
     assert len(facts["rows"]) == 1 + 2 * len(quality.QUICK_CHOICES)
     assert out.count("\n|") == 2 + len(facts["rows"])
     assert facts["rows"][1]["policy"]["name"] == "random"
-    for wrong in (["--budget", "half"], ["--prompt", "0"]):
+    for wrong in (["--budget", "half"], ["--texts", "no"] if more else ["--prompt", "0"]):
         with pytest.raises(SystemExit):
             quality.main([task, *wrong])
     with pytest.raises(SystemExit, match="no such folder"):
