@@ -188,16 +188,14 @@ class KVCache:
     next = property(lambda self: self.tokens.next)  # (B,) int64, the same on the device
     changes = property(lambda self: self.tokens.changes)
     scores = property(lambda self: [layer.store["scores"] for layer in self.layers])
+    # Tokens that left and tokens held, over all layers and sequences.
+    evicted = property(lambda self: sum(sum(layer.evicted) for layer in self.layers))
+    held = property(lambda self: len(self.layers) * sum(self.seen) - self.evicted)
 
     def tensors(self) -> list[Tensor]:
         """All that a decoding step reads or writes."""
         layers = [(*x.store.values(), x.queries, x.gone) for x in self.layers]
         return [self.next, *(tensor for layer in layers for tensor in layer)]
-
-    @property
-    def held(self) -> int:
-        """Tokens held, over all layers and sequences."""
-        return len(self.layers) * sum(self.seen) - sum(sum(layer.evicted) for layer in self.layers)
 
     def next_angle(self, row: int) -> int:
         """The RoPE position of a sequence's next token; in compact mode its highest slot."""

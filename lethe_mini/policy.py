@@ -178,7 +178,7 @@ class Pruner(Limits, Policy):
         weights = weights.to(device, widest(device), non_blocking=True)
         limits = [self.limit(cache.prompt[row], cache.seen[row]) for row in rows]
         floors = [self.protected(cache.prompt[row]) + self.min_recent for row in rows]
-        index, limits, floors = to_device([rows, limits, floors], cache.device)
+        index, limits, floors = to_device([rows, limits, floors], device)
         held = torch.stack([layer.filled[index] for layer in cache.layers], dim=1)  # (R, L)
         totals, floors = limits * held.shape[1], floors[:, None].expand_as(held)
         return split_budget(totals, weights[index], floors, held).t()

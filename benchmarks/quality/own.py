@@ -44,9 +44,13 @@ def load(task: str, split: str, seed: int, count: int) -> list[str]:
     return [problem.prompt for problem in found][:count]
 
 
-def write(engine: Engine, prompts: list[str], lines: Lines, most: int, batch: int) -> list[Chain]:
-    """The model's chains, of at most so many tokens, in the order of the prompts; greedy."""
-    run = {"task": "chain", "model": engine.name, "dtype": str(engine.dtype), "most": most}
+def write(
+    engine: Engine, prompts: list[str], lines: Lines, most: int, batch: int, weights: str
+) -> list[Chain]:
+    """The model's chains, of at most so many tokens, in the order of the prompts; greedy. weights:
+    their short name, by which chains in `lines` are found again."""
+    run = {"task": "chain", "weights": weights, "dtype": str(engine.dtype), "most": most}
+    run["device"] = engine.device.type
     asked = {text: engine.text.encode_prompt(text) for text in prompts}
     keys = {text: {**run, "prompt": digest(ids)} for text, ids in asked.items()}
     left = [text for text, key in keys.items() if lines.get(key) is None]
@@ -89,10 +93,10 @@ def alone(chains: list[Chain], tokens: int) -> list[Text]:
     return [text for chain in chains for text in joined([chain], tokens)]
 
 
-def texts(engine: Engine, args, lines: Lines) -> list[Text]:
+def texts(engine: Engine, args, lines: Lines, weights: str) -> list[Text]:
     """What `run.py own` reads. Raises UserError where there is too little."""
     prompts = load(args.problems, args.split, args.seed, args.count)
-    chains = write(engine, prompts, lines, args.max_new_tokens, args.batch_size)
+    chains = write(engine, prompts, lines, args.max_new_tokens, args.batch_size, weights)
     found = (alone if args.alone else joined)(chains, args.tokens)
     if not found:
         raise UserError(f"no text has {args.tokens:,} tokens; ask for fewer, or for more problems")

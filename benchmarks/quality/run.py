@@ -154,7 +154,7 @@ class Prose:
     def __init__(self, bench: Bench, ids: list[int], block: int):
         self.bench, self.ids, self.block = bench, ids, block
         self.prompt = bench.prompt
-        self.counted = torch.ones(len(ids) - self.prompt - 1, dtype=torch.bool)
+        self.counted: slice | torch.Tensor = slice(None)  # of the tokens behind the prompt
         self.full: torch.Tensor | None = None  # log-probabilities (T, vocab), once needed
 
     def log_probs(self, reader: Reader) -> Iterable[torch.Tensor]:
@@ -361,7 +361,6 @@ def table(task: str, rows: list[dict]) -> str:
     return markdown(rows, HEADS[task], lambda row: f"{row['kept']:.0f}")
 
 
-HEADS["own"] = HEADS["prose"]
 QUICK = {  # a few minutes on two cores in all
     "prose": {"texts": 1, "tokens": 640, "budget": ["25%"]},
     "own": {"texts": 1, "tokens": 320, "count": 4, "max_new_tokens": 160, "budget": ["25%"]},
@@ -428,6 +427,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     chains = tasks.add_parser("own", help="the same, on what the model itself wrote")
     shared(chains, "demo", 64, choices)
+    chains.set_defaults(prompt=0)  # every text has its own
     add = chains.add_argument
     add("--problems", default="gym:gsm_symbolic", help="gym:NAME,NAME or FILE.jsonl (%(default)s)")
     add("--count", type=int, default=150, help="problems of each kind (default: %(default)s)")
@@ -465,14 +465,12 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
     """The rows of a task; for `needle`, haystack by haystack."""
     if args.task == "reason":
         return reason.run(engine, args)
-    if args.task == "own":
-        lines = Lines(args.lines)
-        texts = own.texts(engine, args, lines)
-        args.prompt = max(text.prompt for text in texts)
-        mean = round(sum(len(text.ids) for text in texts) / len(texts))
-        bench = Bench(engine, lines, args.prompt)
-        return run_prose(bench, make_cells(args, mean), texts, args.block, args.rival, Own)
     bench = Bench(engine, Lines(args.lines), args.prompt)
+    if args.task == "own":
+        texts = own.texts(engine, args, bench.lines, bench.weights)
+        args.prompt = max(text.prompt for text in texts)  # of the longest, for make_cells
+        mean = round(sum(len(text.ids) for text in texts) / len(texts))
+        return run_prose(bench, make_cells(args, mean), texts, args.block, args.rival, Own)
     if args.task == "prose":
         texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
         return run_prose(bench, make_cells(args, args.tokens), texts, args.block, args.rival)
@@ -509,7 +507,7 @@ def show(args: argparse.Namespace, rows: list[dict]) -> None:
     if args.task == "reason":
         reason.show_tables(rows)
     elif args.task in ("prose", "own"):
-        print(table(args.task, rows), "\n")
+        print(table("prose", rows), "\n")
     else:
         for haystack in args.haystack:
             mine = [row for row in rows if row["haystack"] == haystack]

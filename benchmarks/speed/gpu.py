@@ -160,7 +160,7 @@ class Bench:
         grid = [
             (arm, batch, length) for length in args.length for batch in args.batch for arm in ARMS
         ]
-        headline = (max(args.batch), 16)[16 in args.batch], max(args.length)
+        headline = 16 if 16 in args.batch else max(args.batch), max(args.length)
         # The cells that the targets speak of come first.
         first = [("full", 1, min(args.length)), *((arm, *headline) for arm in ARMS)]
         for arm, batch, length in first:

@@ -47,18 +47,18 @@ class Sampling:
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     """(B, vocab) float32 -> (B,) tokens. draws: (2, B) int64, every sequence's seed, and how many
     draws it has had, which is counted up."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    draw = uniform(*draws)
-    draws[1].add_(1)
+    draw = None
+    if sampling.temperature:
+        draw = uniform(*draws)
+        draws[1].add_(1)
     return pick(logits, draw, sampling)
 
 
-def pick(logits: Tensor, draw: Tensor, sampling: Sampling) -> Tensor:
+def pick(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Tensor:
     """(B, vocab) float32, (B,) float32 in [0, 1) -> (B,) tokens.
 
-    Greedy at temperature 0. Else the draw runs up the cumulated probabilities, so that a sequence's
-    token depends on its own logits and its own draw alone.
+    Greedy, without a draw, at temperature 0. Else the draw runs up the cumulated probabilities, so
+    that a sequence's token depends on its own logits and its own draw alone.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)

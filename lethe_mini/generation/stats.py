@@ -133,10 +133,7 @@ class Meter:
     def step(self, cache: KVCache) -> None:
         """One token more for every sequence of the cache."""
         if self.changes != cache.changes:
-            self.changes, self.evicted = (
-                cache.changes,
-                len(cache.layers) * sum(cache.seen) - cache.held,
-            )
+            self.changes, self.evicted = cache.changes, cache.evicted
         self.tokens += len(cache.seen)
         self.held += sum(cache.seen) - self.evicted / len(cache.layers)
 

@@ -466,12 +466,12 @@ def test_halves_of_a_file_share_no_problem(problems):
 
 def test_chains_are_what_the_engine_writes_and_are_written_once(engine, problems, tmp_path):
     prompts, lines = own.load(problems, "report", 0, 9), Lines(tmp_path / "lines.jsonl")
-    chains = own.write(engine, prompts, lines, 12, 3)
+    chains = own.write(engine, prompts, lines, 12, 3, "weights")
     for prompt, chain in zip(prompts, chains, strict=True):
         alone = engine.generate([prompt], max_new_tokens=12).sequences[0]
         assert chain == own.Chain(engine.text.encode_prompt(prompt), alone.token_ids)
     with mock.patch.object(Engine, "generate", side_effect=AssertionError):
-        assert own.write(engine, prompts, lines, 12, 3) == chains
+        assert own.write(engine, prompts, lines, 12, 3, "weights") == chains
 
 
 def test_texts_are_whole_problems_behind_one_another():
