@@ -16,9 +16,12 @@ only the full score is right. A text that was cut off before it marked an answer
 that ended by itself may have no mark; then its last line is its answer.
 
 Policies. All have the same problems, draws, interval and sinks, and the share of recent tokens that
-is their own default. A budget is a number of tokens per layer; a percentage of the full cache's
-mean length, prompt and text, which `full` measures first and policies get as a number; or `none`,
-where Lethe's Algorithm 1 alone decides.
+is their own default; a window of queries, whose tokens are always kept, takes at most a quarter of
+the budget. A budget is a number of tokens per layer; a percentage of what the full cache holds at
+the end, as a mean, which `full` measures first and policies get as a number; or `none`, where
+Lethe's Algorithm 1 alone decides. A protected prompt is part of a number, but is held on top of a
+percentage, which is then one of the text behind it: prompts are of many lengths, and the longest
+would not fit.
 
 Columns. `holds` is what was kept: tokens per layer, as a mean over all steps, and its share of what
 a full cache would hold. Intervals are 95 %, by bootstrap over problems; differences are paired,
@@ -36,7 +39,9 @@ import argparse
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from tqdm import tqdm
 
@@ -51,6 +56,9 @@ from lethe_mini.errors import UserError, writing
 from lethe_mini.generation.requests import POSITIONS
 from lethe_mini.generation.stats import kv_bytes
 from lethe_mini.jsonlines import digest
+from lethe_mini.options import check_room
+from lethe_mini.policies import SnapKV
+from lethe_mini.policy import Pruner
 
 # A loop repeats at most PERIOD tokens, at least REPEATS times, and has at least LOOP tokens.
 PERIOD, REPEATS, LOOP = 256, 4, 32
@@ -80,10 +88,34 @@ def make_cells(args: argparse.Namespace, longest: int) -> list[Cell]:
     return cells
 
 
+def on_top(make: type[Pruner]) -> type[Pruner]:
+    """The policy with a budget beside the prompt, which is protected: each holds its own on top."""
+
+    @dataclass(frozen=True)
+    class OnTop(make):
+        name: ClassVar[str] = f"{make.name}, prompt on top"
+
+        def limit(self, prompt: int, seen: int) -> int:
+            return self.protected(prompt) + self.budget
+
+        def first_round(self, prompt: int) -> int:
+            return self.limit(prompt, seen=0)
+
+        def check_prompt(self, prompt: int) -> None:
+            check_room(self.budget, self.min_recent, False)
+
+    return OnTop
+
+
 def settle(cell: Cell, args: argparse.Namespace, tokens: int | None, longest: int) -> None:
     """Gives a cell its policy, or the reason why it has none."""
     make, changes = CHOICES[cell.choice]
     common = {"interval": args.interval, "sinks": args.sinks, "protect_prompt": cell.protect}
+    if tokens is not None and issubclass(make, SnapKV):
+        default = make.__dataclass_fields__["window"].default
+        common["window"] = max(1, min(default, tokens // 4))
+    if cell.protect and cell.budget.endswith("%"):
+        make = on_top(make)
     try:
         if tokens is None and make is not Lethe:
             raise UserError(f"{cell.choice} prunes to a budget, so it cannot have none")
@@ -288,8 +320,10 @@ class Bench:
         return [self.row(cell, mine, full) for cell, mine in zip(cells, found, strict=True)]
 
     def settle(self, cell: Cell, args: argparse.Namespace, full: list[list[dict]]) -> None:
-        """Gives a cell its policy, from a percentage of the full cache's mean length."""
-        ends = [one["prompt_tokens"] + one["tokens"] for samples in full for one in samples]
+        """Gives a cell its policy, from a percentage of the full cache's mean length; of its text
+        alone, where the prompt is held on top."""
+        held = ["tokens"] if cell.protect else ["prompt_tokens", "tokens"]
+        ends = [sum(one[name] for name in held) for samples in full for one in samples]
         tokens = round(sum(ends) / len(ends) * float(cell.budget[:-1]) / 100)
         settle(cell, args, max(1, tokens), self.longest)
 

@@ -12,6 +12,7 @@ from benchmarks.accuracy import run as accuracy
 from benchmarks.accuracy.grading import extract
 from benchmarks.accuracy.problems import Problem, from_file, make
 from benchmarks.common.results import Lines
+from lethe_mini import FullKV
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
 
@@ -624,6 +625,32 @@ def test_kept_is_what_the_cache_held_at_every_step(engine, some):
     assert row["share"] == pytest.approx(sum(held) / sum(seen))
 
 
+@pytest.mark.parametrize("name", ["lethe", "lethe-plus", "h2o", "snapkv", "random"])
+def test_a_prompt_on_top_costs_no_budget_whatever_its_length(engine, some, name):
+    """In one batch every prompt has the text that it has alone, with a budget of its own length and
+    the number; and pruning changes some of them."""
+    make, _ = accuracy.CHOICES[name]
+    options = {"interval": 4, "sinks": 2}
+    options |= {"window": 2} if name == "snapkv" else {}
+    ids = [engine.text.encode_prompt(p.prompt) for p in some[:4]]
+    assert len(set(map(len, ids))) > 1
+    beside = accuracy.on_top(make)(budget=6, **options)
+    beside.check_prompt(max(map(len, ids)))
+    found = engine.generate(ids, beside, 40, batch_size=4).sequences
+    for one, prompt in zip(found, ids, strict=True):
+        [alone] = engine.generate([prompt], make(budget=len(prompt) + 6, **options), 40).sequences
+        assert one.token_ids == alone.token_ids
+    full = engine.generate(ids, FullKV(), 40, batch_size=4).sequences
+    assert [one.token_ids for one in found] != [one.token_ids for one in full]
+
+
+def test_a_window_of_queries_takes_at_most_a_quarter_of_the_budget(engine, some):
+    argv = ["--policies", "full", "snapkv", "rkv", "--budget", "100", "24", "2"]
+    args = accuracy.arguments(["--task", "x.jsonl", *argv, "--protect", "no", "--sinks", "0"])
+    cells = accuracy.make_cells(args, longest=1)[1:]
+    assert [cell.policy.window for cell in cells] == [25, 8, 6, 6, 1, 1]
+
+
 def test_intervals_are_of_problems_and_differences_are_paired():
     def graded(*scores):
         return [[{"score": score} for score in samples] for samples in scores]
@@ -693,7 +720,7 @@ def test_a_table_a_file_of_figures_and_going_on(command, tmp_path):
         sum(
             json.loads(line)["result"][name]
             for line in (tmp_path / "l.jsonl").read_text(encoding="utf-8").splitlines()[:2]
-            for name in ("prompt_tokens", "tokens")
+            for name in ("tokens",)  # the prompt is protected, and on top
         )
         / 2
     )
@@ -713,7 +740,8 @@ def test_a_policy_that_cannot_be_is_named_before_and_in_the_table(command):
     code, out, error = command("--policies", "full", "lethe", "--budget", "3", "1%", "none")
     assert code == 0
     assert error.count("left out: lethe at 3: budget 3 is too small") == 1
-    assert out.count("is too small for the prompt") == 2
+    assert out.count("is too small for the prompt") == 1
+    assert "| lethe | protected | 1% = " in out  # the prompt comes on top
     assert out.splitlines()[4].startswith("| full |")
 
 
