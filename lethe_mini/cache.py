@@ -30,6 +30,8 @@ class Notes:
     lag: int = 0  # for LethePlus alone: tokens after which attention to a token counts
     interval: int = 0  # tokens between two rounds: the room that a round leaves
     threshold: int = 0  # where Algorithm 1's thresholds start
+    extra: tuple[str, ...] = ()  # numbers per slot that the policy itself writes, by name
+    beacons: int = 0  # for Recall alone: past queries of each head
 
 
 @dataclass
@@ -57,8 +59,10 @@ class LayerCache:
         self.store: Store = {"keys": wide, "values": wide, "positions": empty.int()}
         if notes.scored:
             self.store["scores"] = empty
+        self.store |= dict.fromkeys(notes.extra, empty)
         # (B, H, window, D), newest last; zeros where there are none yet.
         self.queries = wide.new_zeros(batch, heads, notes.window, config.head_dim)
+        self.beacons = wide.new_zeros(batch, heads, notes.beacons, config.head_dim)  # before RoPE
         self.evicted = [0] * batch  # tokens that left, for the host
         self.gone = torch.zeros_like(seen.next)  # (B,) the same on the device
         self.thresholds = [notes.threshold] * batch
@@ -147,7 +151,8 @@ class LayerCache:
         length = max((self.lengths[row] for row in rows), default=0)
         for name, old in self.store.items():
             self.store[name] = grown(old[index][:, :, :length], self.capacity_for(length))
-        self.queries, self.gone = self.queries[index], self.gone[index]
+        self.queries, self.beacons = self.queries[index], self.beacons[index]
+        self.gone = self.gone[index]
         self.evicted = [self.evicted[row] for row in rows]
         self.thresholds = [self.thresholds[row] for row in rows]
 
@@ -159,6 +164,7 @@ class LayerCache:
         for name in self.store:
             self.store[name] = torch.cat((self.store[name], other.store.pop(name)))
         self.queries = torch.cat((self.queries, other.queries))
+        self.beacons = torch.cat((self.beacons, other.beacons))
         self.gone = torch.cat((self.gone, other.gone))
         self.evicted = self.evicted + other.evicted
         self.thresholds = self.thresholds + other.thresholds

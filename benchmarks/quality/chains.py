@@ -138,6 +138,7 @@ class Batch:
         if any(due := policy.due(cache, prefilled=True)):
             policy.round(cache, due)
         interval, count = getattr(policy, "interval", CHUNK), len(self.chains)
+        pause = getattr(policy, "pause", interval)  # there a policy looks, at least
         first = [len(chain) for chain in self.chains]
         wrong, nats, tokens = [0] * count, [0.0] * count, [1] * count
         live, read, held = list(range(count)), 0, 0.0
@@ -160,7 +161,8 @@ class Batch:
         lengths = torch.tensor([len(chain) for chain in self.chains], device=self.engine.device)
         note(last, 0)
         while live:
-            T = min(interval - read % interval, CHUNK)
+            new = read % interval
+            T = min(interval - new, pause - new % pause, CHUNK)
             before = [sum(layer.lengths[r] for layer in cache.layers) for r in range(len(live))]
             logits = read_on(self.engine, policy, cache, self._tokens(live, read, T))
             note(logits, read + 1)
@@ -177,7 +179,7 @@ class Batch:
             if len(stay) < len(live):
                 cache.select(stay)
                 live, lengths = [live[r] for r in stay], lengths[stay]
-            if live and read % interval == 0 and any(due := policy.due(cache)):
+            if live and read % interval % pause == 0 and any(due := policy.due(cache)):
                 policy.round(cache, due)
         return {
             "exact": [place == len(chain) for place, chain in zip(first, self.chains, strict=True)],

@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[type[Policy], dict]] = {
     **{name: (POLICIES[name], {}) for name in ("snapkv", "pyramidkv", "rkv")},
     "lethe": (Lethe, {}),
     "lethe-plus": (LethePlus, {}),
+    "recall": (POLICIES["recall"], {}),
     "uniform": (LethePlus, PLAIN),
     "hoyer": (LethePlus, PLAIN | {"allocation": "hoyer"}),
     "hoyer-even": (LethePlus, PLAIN | {"allocation": "hoyer", "even_share": 0.5}),

@@ -67,6 +67,7 @@ class Reader:
         self.engine, self.policy, self.cache = engine, policy, engine.new_cache(policy)
         self.cache.prompt = [prompt]
         self.interval = getattr(policy, "interval", CHUNK)
+        self.pause = getattr(policy, "pause", self.interval)  # and there it looks, at least
         self.rounds: list[tuple[int, float]] = []
 
     def read(self, ids: list[int], last_only: bool = False) -> Iterator[Tensor]:
@@ -75,10 +76,13 @@ class Reader:
         while ids:
             new = self.cache.seen[0] - self.cache.prompt[0]
             to_round = -new if new < 0 else self.interval - new % self.interval
-            T = min(to_round, CHUNK, len(ids))
+            to_look = to_round if new < 0 else self.pause - new % self.interval % self.pause
+            T = min(to_round, to_look, CHUNK, len(ids))
             yield self._chunk(ids[:T], new < 0, last_only)
             if to_round == T:
                 self._round(prefilled=new < 0)
+            elif to_look == T:
+                self.policy.due(self.cache)
             ids = ids[T:]
 
     def _chunk(self, ids: list[int], in_prompt: bool, last_only: bool) -> Tensor:

@@ -18,6 +18,7 @@ from .h2o import H2O
 from .lethe_plus import LethePlus
 from .pyramidkv import PyramidKV
 from .random_kv import RandomKV
+from .recall import Recall
 from .rkv import RKV
 from .snapkv import SnapKV
 from .streaming import StreamingLLM
@@ -25,10 +26,10 @@ from .tova import TOVA
 
 __all__ = [
     "H2O", "POLICIES", "RKV", "TOVA", "FullKV", "Lethe", "LethePlus", "Policy", "PyramidKV",
-    "RandomKV", "SnapKV", "StreamingLLM", "find_policy",
+    "RandomKV", "Recall", "SnapKV", "StreamingLLM", "find_policy",
 ]  # fmt: skip
 
-ALL = (FullKV, Lethe, LethePlus, StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, RKV, RandomKV)
+ALL = (FullKV, Lethe, LethePlus, Recall, StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, RKV, RandomKV)
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in ALL}
 
 

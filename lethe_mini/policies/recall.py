@@ -1,0 +1,181 @@
+"""Recall: the tokens that past queries would look at now, and those they would look at later.
+
+Attention so far tells the near future. What costs is a token that comes back after a long silence.
+Two things know of it, and both are queries turned by RoPE to another time:
+
+- Some past queries that differ most from each other are kept, the *beacons*, as they were before
+  RoPE (after arXiv 2609.04971). At a round they are turned to the present and asked again.
+- Every query is asked once more, as it would be asked `after` tokens later, of the keys held now.
+  It did not see the keys behind it; now it does. The most that any pays is a key's *mark*.
+
+A fifth of the places goes to marks, the rest to beacons. All layers and heads draw from the same
+places, so a layer that is wanted more holds more.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache import KVCache, LayerCache, Notes
+from ..errors import UserError
+from ..kernels import BLOCK, to_device
+from ..options import option, part
+from ..policy import Pruner, Round
+from ..rope import rope_cos_sin, rotate
+
+
+@dataclass(frozen=True)
+class Recall(Pruner):
+    """What past queries want of the keys (after arXiv 2609.04971; the marks are ours)."""
+
+    name: ClassVar[str] = "recall"
+    needs_budget: ClassVar[bool] = True
+
+    window: int = option(32, "last queries that are kept, to be asked again", low=1, high=4096)
+    beacons: int = option(32, "past queries of each head that are kept", low=1, high=1024)
+    marked_ratio: float = option(0.2, "share of what recent tokens leave that marks give", 0, 1)
+    after: int = option(256, "tokens until what is marked is asked for", low=0)
+    kernel: int = option(9, "slots that a mark is shared by, odd", low=1)
+    even_share: float = option(0.3, "part of all but marks that layers share evenly", 0, 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kernel % 2 == 0:
+            raise UserError(f"kernel should be odd, not {self.kernel}")
+
+    @property
+    def pause(self) -> int:
+        """Tokens after which `due` must be asked, so that every query marks."""
+        return min(self.window, self.interval)
+
+    def notes(self) -> Notes:
+        return Notes(
+            window=self.window,
+            interval=self.interval,
+            threshold=self.evict_threshold,
+            extra=("marks", "wanted"),
+            beacons=self.beacons,
+        )
+
+    def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
+        since = [(s - p) % self.interval for s, p in zip(cache.seen, cache.prompt, strict=True)]
+        rows = [row for row, n in enumerate(since) if prefilled or n % self.window == 0]
+        if rows:
+            index = to_device(rows, cache.device)
+            for layer in cache.layers:
+                self.look(layer, cache, index)
+        return super().due(cache, prefilled)
+
+    def look(self, layer: LayerCache, cache: KVCache, rows: Tensor) -> None:
+        """Marks the keys of these sequences (R,) and chooses their beacons anew, from the old ones
+        and the last queries."""
+        queries, S = layer.queries[rows], layer.length
+        ages = torch.arange(self.window, 0, -1, device=cache.device)
+        asked = (ages <= cache.next[rows, None])[:, None].expand(queries.shape[:3])
+        inv_freq = layer.inv_freq.float()
+
+        later = rotate(queries, *rope_cos_sin(ages + self.after, inv_freq))
+        most = largest_attention(later, asked, layer.keys[rows], layer.valid()[rows])
+        marks = layer.store["marks"]
+        marks[rows, :, :S] = marks[rows, :, :S].maximum(most)
+
+        plain = rotate(queries, *rope_cos_sin(ages - now(layer, cache, rows), inv_freq))
+        pool = torch.cat((layer.beacons[rows], plain), dim=2)
+        there = torch.cat((layer.beacons[rows].any(-1), asked), dim=2)
+        picked = farthest(pool, there, self.beacons)[..., None]
+        layer.beacons[rows] = pool.gather(2, picked.expand(-1, -1, -1, pool.shape[3]))
+
+    def round(self, cache: KVCache, due: list[bool]) -> Round:
+        """Before a round, how much every token is wanted, in [0, 2]: of a place by its mark one
+        more than the mark; by beacons at least a half where it has a place among all layers'."""
+        rows = [row for row, ready in enumerate(due) if ready]
+        index, (first, room) = to_device(rows, cache.device), self.rooms(cache, rows)
+        places = (room - self.recent(room)) * len(cache.layers) * cache.layers[0].keys.shape[1]
+        marked, asked = [], []
+        for layer in cache.layers:
+            S, valid = layer.length, layer.valid()[index]
+            turn = rope_cos_sin(now(layer, cache, index), layer.inv_freq.float())
+            beacons = rotate(layer.beacons[index], *turn)
+            most = largest_attention(beacons, beacons.any(-1), layer.keys[index], valid)
+            fixed = self.always(layer, index, first, room) | ~valid
+            marks = layer.store["marks"][index, :, :S]
+            marks = F.max_pool1d(marks, self.kernel, 1, self.kernel // 2)
+            marked.append(marks.masked_fill(fixed, 0))
+            asked.append(most.masked_fill(fixed, 0))
+        by_marks = part(self.marked_ratio, places)
+        top = threshold(marked, by_marks)
+        rest = [x.masked_fill(marks >= top, 0) for x, marks in zip(asked, marked, strict=True)]
+        least = threshold(rest, places - by_marks)
+        for layer, x, marks in zip(cache.layers, asked, marked, strict=True):
+            wanted = torch.where(marks >= top, 1 + marks, x / (x + least))
+            layer.store["wanted"][index, :, : layer.length] = wanted
+        return super().round(cache, due)
+
+    def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
+        return layer.store["wanted"][:, :, : layer.length]
+
+    def weights(self, cache: KVCache, sparsity: Tensor | None) -> Tensor:
+        """A layer's part: its places by marks; those by beacons, partly evened out."""
+        first, room = self.rooms(cache, list(range(len(cache.seen))))
+        wanted = [layer.store["wanted"] for layer in cache.layers]
+        marked = torch.stack([(x >= 1).sum(2).float().mean(1) for x in wanted], dim=1)
+        placed = torch.stack([(x >= 0.5).sum(2).float().mean(1) for x in wanted], dim=1)
+        rest = placed - marked + (first + self.recent(room))[:, None]
+        return marked + torch.lerp(rest, rest.mean(1, keepdim=True), self.even_share)
+
+    def rooms(self, cache: KVCache, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """(R,) each: positions that are protected, and how many tokens a layer keeps beside them if
+        all keep as many."""
+        first = [self.protected(cache.prompt[row]) for row in rows]
+        limits = [self.limit(cache.prompt[row], cache.seen[row]) for row in rows]
+        first, limits = to_device([first, limits], cache.device)
+        return first, limits - first
+
+
+def now(layer: LayerCache, cache: KVCache, rows: Tensor) -> Tensor:
+    """(R, 1, 1): the angle of the next token's query."""
+    return (layer.filled if layer.compact else cache.next)[rows][:, None, None]
+
+
+def farthest(pool: Tensor, there: Tensor, n: int) -> Tensor:
+    """(R, H, n) int64: of these vectors (R, H, N, D) the last, then again and again the one least
+    alike to all before it, by cosine about the mean. there: (R, H, N) bool, which exist; where
+    there are fewer than n, some come twice."""
+    vectors, weight = pool.float(), there[..., None].float()
+    mean = (vectors * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    unit = F.normalize(vectors - mean, dim=-1)
+    cosine = unit @ unit.mT
+    nearest = cosine.new_full(there.shape, -2.0).masked_fill(~there, 2.0)
+    picked = [torch.full(there.shape[:2], there.shape[2] - 1, device=pool.device)]
+    while len(picked) < n:
+        index = picked[-1][..., None, None].expand(-1, -1, 1, there.shape[2])
+        nearest = nearest.maximum(cosine.gather(2, index)[:, :, 0])
+        picked.append(nearest.argmin(-1))
+    return torch.stack(picked, dim=-1)
+
+
+def largest_attention(queries: Tensor, there: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
+    """(R, H_kv, S) float32: the most that one of N queries of its group pays to each key.
+
+    queries: (R, H, N, D); there: (R, H, N) bool, which exist; keys: (R, H_kv, S, D); valid:
+    (R, 1, S) bool. Queries go in blocks, so memory is linear in N.
+    """
+    R, heads, _, D = keys.shape
+    queries, there = queries.reshape(R, heads, -1, D) * D**-0.5, there.reshape(R, heads, -1)
+    most = torch.zeros(keys.shape[:3], device=keys.device)
+    for some, exist in zip(queries.split(BLOCK, 2), there.split(BLOCK, 2), strict=True):
+        logits = torch.matmul(some, keys.mT).float().masked_fill(~valid[:, :, None], -torch.inf)
+        most = most.maximum((logits.softmax(-1) * exist[..., None]).amax(2))
+    return most
+
+
+def threshold(layers: list[Tensor], places: Tensor) -> Tensor:
+    """(R, 1, 1): what the last of so many places (R,), over all layers and heads, is worth; layers:
+    (R, H_kv, S) each. Infinite where there is no place."""
+    ranked = torch.cat([x.flatten(1) for x in layers], dim=1).sort(1, descending=True).values
+    last = (places - 1).clamp(0, ranked.shape[1] - 1)
+    found = ranked.gather(1, last[:, None])[:, 0].clamp(min=1e-30)
+    return found.masked_fill(places < 1, torch.inf)[:, None, None]
