@@ -163,8 +163,9 @@ def largest_attention(queries: Tensor, there: Tensor, keys: Tensor, valid: Tenso
     queries: (R, H, N, D); there: (R, H, N) bool, which exist; keys: (R, H_kv, S, D); valid:
     (R, 1, S) bool. Queries go in blocks, so memory is linear in N.
     """
-    R, heads, _, D = keys.shape
-    queries, there = queries.reshape(R, heads, -1, D) * D**-0.5, there.reshape(R, heads, -1)
+    groups = (keys.shape[1], -1)
+    queries, there = (x.unflatten(1, groups).flatten(2, 3) for x in (queries, there))
+    queries = queries * keys.shape[3] ** -0.5
     most = torch.zeros(keys.shape[:3], device=keys.device)
     for some, exist in zip(queries.split(BLOCK, 2), there.split(BLOCK, 2), strict=True):
         logits = torch.matmul(some, keys.mT).float().masked_fill(~valid[:, :, None], -torch.inf)

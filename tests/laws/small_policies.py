@@ -61,6 +61,11 @@ VARIANTS = {
         "distinct-layer": {"distinct_ratio": 1.0, "per_head": False, "alike": 0.2},
         "not-distinct": {"distinct_ratio": 0.0, "protect_prompt": False},
     },
+    "recall": {
+        "marks-alone": {"marked_ratio": 1.0, "after": 7, "kernel": 1},
+        "beacons-alone": {"marked_ratio": 0.0, "beacons": 3, "even_share": 0.0},
+        "small-window": {"window": 2, "interval": 5, "beacons": 1, "even_share": 1.0},
+    },
 }
 
 
