@@ -13,6 +13,7 @@ from .policies import (
     LethePlus,
     PyramidKV,
     RandomKV,
+    Recall,
     SnapKV,
     StreamingLLM,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Pruner",
     "PyramidKV",
     "RandomKV",
+    "Recall",
     "Result",
     "Sampling",
     "SnapKV",

@@ -199,8 +199,8 @@ class KVCache:
     held = property(lambda self: len(self.layers) * sum(self.seen) - self.evicted)
 
     def tensors(self) -> list[Tensor]:
-        """All that a decoding step reads or writes."""
-        layers = [(*x.store.values(), x.queries, x.gone) for x in self.layers]
+        """All that a decoding step or a round reads or writes."""
+        layers = [(*x.store.values(), x.queries, x.beacons, x.gone) for x in self.layers]
         return [self.next, *(tensor for layer in layers for tensor in layer)]
 
     def next_angle(self, row: int) -> int:

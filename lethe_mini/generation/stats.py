@@ -65,7 +65,7 @@ def kv_bytes(cache: KVCache) -> int:
 
 
 def allocated(cache: KVCache) -> int:
-    """Bytes of all tensors: keys, values, positions, scores, queries, with their spare room."""
+    """Bytes of all tensors with their spare room, positions, scores and past queries included."""
     return sum(t.untyped_storage().nbytes() for t in cache.tensors())
 
 

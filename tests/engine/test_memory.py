@@ -131,8 +131,9 @@ def test_the_statistics_report_this_process_not_its_parent():
 
 def storages(cache):
     """Bytes of all storages that a cache keeps alive, each counted once."""
-    tensors = [t for layer in cache.layers for t in (*layer.store.values(), layer.queries)]
-    tensors += [cache.next, *(layer.gone for layer in cache.layers)]
+    tensors = [t for layer in cache.layers for t in layer.store.values()]
+    tensors += [t for layer in cache.layers for t in (layer.queries, layer.beacons, layer.gone)]
+    tensors.append(cache.next)
     found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in found.values())
 

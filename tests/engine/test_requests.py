@@ -266,7 +266,7 @@ def test_a_pruner_without_importance_says_what_it_lacks():
 
 PUBLIC = """
 Engine Sampling UserError Policy Pruner FullKV Lethe LethePlus StreamingLLM H2O TOVA SnapKV
-PyramidKV RKV RandomKV Result Stats Generated
+PyramidKV RKV RandomKV Recall Result Stats Generated
 """
 
 

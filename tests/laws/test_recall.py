@@ -87,7 +87,8 @@ def test_the_farthest_are_chosen_one_by_one(N, n, seed):
     exist = [i for i in range(N) if there[0, 0, i]]
     mean = pool[0, 0, exist].mean(0)
     unit = torch.nn.functional.normalize(pool[0, 0] - mean, dim=-1).double()
-    assert found[0] == N - 1 and set(found) <= set(exist)
+    assert found[0] == N - 1
+    assert set(found) <= set(exist)
     assert len(set(found)) == min(n, len(exist)) or len(exist) == 1
     for k in range(1, min(n, len(exist))):
         near = [max(float(unit[i] @ unit[j]) for j in found[:k]) for i in exist]
@@ -160,7 +161,8 @@ def test_a_key_that_one_past_query_wants_stays(options):
                 policy.round(cache, due)
         stayed.append([bool((layer.positions[0] == 7).any(1).all()) for layer in cache.layers])
         assert all(layer.lengths[0] <= 24 + 8 for layer in cache.layers)
-    assert all(stayed[0]) and not any(stayed[1])
+    assert all(stayed[0])
+    assert not any(stayed[1])
 
 
 def test_a_layer_that_is_wanted_more_holds_more():
@@ -179,7 +181,8 @@ def test_a_layer_that_is_wanted_more_holds_more():
     due = policy.due(cache)
     policy.round(cache, due)
     few, many = (layer.lengths[0] for layer in cache.layers)
-    assert few < many and few + many == 16
+    assert few < many
+    assert few + many == 16
 
 
 def test_what_makes_no_sense_is_refused():
@@ -187,4 +190,5 @@ def test_what_makes_no_sense_is_refused():
         Recall(kernel=4)
     with pytest.raises(UserError, match="budget"):
         Recall(budget=None)
-    assert Recall().pause == 32 and Recall(interval=16).pause == 16
+    assert Recall().pause == 32
+    assert Recall(interval=16).pause == 16
