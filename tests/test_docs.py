@@ -24,7 +24,7 @@ import pytest
 import tiny
 import torch
 
-from lethe_mini import Engine, Lethe, LethePlus, Pruner
+from lethe_mini import Engine, Lethe, LethePlus, Pruner, Recall
 from lethe_mini.app.parser import build_parser
 from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.config import parse_config
@@ -33,7 +33,8 @@ from lethe_mini.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent
 ALGORITHM, GUIDE = ROOT / "docs" / "ALGORITHM.md", ROOT / "docs" / "POLICIES.md"
-PLUS, README = ROOT / "docs" / "LETHE_PLUS.md", ROOT / "README.md"
+PLUS, RECALL = ROOT / "docs" / "LETHE_PLUS.md", ROOT / "docs" / "RECALL.md"
+README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIZES = {
@@ -326,6 +327,11 @@ def test_the_table_of_parameters_is_the_dataclass():
     own = {spec.name: spec.default for spec in fields(LethePlus)}
     assert shown == {name: own[name] for name in shown}
     assert {name for name in own if own[name] != of_lethe.get(name)} <= shown.keys()
+    rows = {name.strip("`"): default for name, default, _ in table(RECALL, "Parameters")}
+    shown = {name: ast.literal_eval(default.strip("`")) for name, default in rows.items()}
+    shared = {spec.name for spec in fields(Pruner)}
+    own = {spec.name: spec.default for spec in fields(Recall) if spec.name not in shared}
+    assert shown == own
 
 
 def test_the_table_of_policies_is_the_registry():
