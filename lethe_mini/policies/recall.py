@@ -26,6 +26,8 @@ from ..options import option, part
 from ..policy import Pruner, Round
 from ..rope import rope_cos_sin, rotate
 
+SAME = 0.999  # cosine above which two queries are one, rounded differently
+
 
 @dataclass(frozen=True)
 class Recall(Pruner):
@@ -86,7 +88,8 @@ class Recall(Pruner):
         pool = torch.cat((layer.beacons[rows], plain), dim=2)
         there = torch.cat((layer.beacons[rows].any(-1), asked), dim=2)
         picked = farthest(pool, there, self.beacons)[..., None]
-        layer.beacons[rows] = pool.gather(2, picked.expand(-1, -1, -1, pool.shape[3]))
+        chosen = pool.gather(2, picked.clamp(min=0).expand(-1, -1, -1, pool.shape[3]))
+        layer.beacons[rows] = chosen.masked_fill(picked < 0, 0)
 
     def round(self, cache: KVCache, due: list[bool]) -> Round:
         """Before a round, how much every token is wanted, in [0, 2]: of a place by its mark one
@@ -142,8 +145,8 @@ def now(layer: LayerCache, cache: KVCache, rows: Tensor) -> Tensor:
 
 def farthest(pool: Tensor, there: Tensor, n: int) -> Tensor:
     """(R, H, n) int64: of these vectors (R, H, N, D) the last, then again and again the one least
-    alike to all before it, by cosine about the mean. there: (R, H, N) bool, which exist; where
-    there are fewer than n, some come twice."""
+    alike to all before it, by cosine about the mean; -1 when none is left that is not the same as
+    one before it. there: (R, H, N) bool, which exist."""
     vectors, weight = pool.float(), there[..., None].float()
     mean = (vectors * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
     unit = F.normalize(vectors - mean, dim=-1)
@@ -151,9 +154,11 @@ def farthest(pool: Tensor, there: Tensor, n: int) -> Tensor:
     nearest = cosine.new_full(there.shape, -2.0).masked_fill(~there, 2.0)
     picked = [torch.full(there.shape[:2], there.shape[2] - 1, device=pool.device)]
     while len(picked) < n:
-        index = picked[-1][..., None, None].expand(-1, -1, 1, there.shape[2])
-        nearest = nearest.maximum(cosine.gather(2, index)[:, :, 0])
-        picked.append(nearest.argmin(-1))
+        newest = picked[-1].clamp(min=0)[..., None]
+        to_it = cosine.gather(2, newest[..., None].expand(-1, -1, 1, there.shape[2]))[:, :, 0]
+        nearest = nearest.maximum(to_it).scatter(2, newest, 2.0)
+        value, best = nearest.min(-1)
+        picked.append(best.masked_fill(value > SAME, -1))
     return torch.stack(picked, dim=-1)
 
 

@@ -373,7 +373,7 @@ def test_the_script_runs(model):
         (["--policy", "h2o", "--gamma", 0.5], "policy h2o has no --gamma"),
         (["--budget", 99], "policy full has no --budget"),
         (["--no-protect-prompt"], "policy full has no --protect-prompt"),
-        (["--lethe", "--window", 5], "policy lethe has no --window; it is an option of snapkv"),
+        (["--lethe", "--window", 5], "policy lethe has no --window; it is an option of recall"),
         (["--lethe", "--lag", 5], "policy lethe has no --lag; it is an option of lethe-plus"),
         (["--device", "tpu"], "device should be auto, cpu, cuda or mps, not 'tpu'"),
         (["--device", "cpu:x"], "'cpu:x'"),

@@ -24,7 +24,7 @@ from lethe_mini.cache import KVCache, Notes
 from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.errors import UserError
 from lethe_mini.options import split_budget
-from lethe_mini.policies import H2O, POLICIES, RKV, TOVA, LethePlus, PyramidKV, SnapKV
+from lethe_mini.policies import H2O, POLICIES, RKV, TOVA, LethePlus, PyramidKV, Recall, SnapKV
 from lethe_mini.policies.lethe_plus import repeats
 from lethe_mini.policies.pyramidkv import pyramid
 from lethe_mini.policies.rkv import redundancy
@@ -409,7 +409,8 @@ def kept_sets(policy, seed, held):
     return [set(row) for row in cache.layers[0].positions[0].tolist()]
 
 
-NESTED = [(policy, "none") for policy in PRUNERS]
+# Not Recall: its heads draw from the same places, so a head may win fewer of more.
+NESTED = [(policy, "none") for policy in PRUNERS if policy is not Recall]
 NESTED += [(policy, kind) for policy in (Lethe, LethePlus) for kind in ("global", "segment")]
 
 

@@ -78,19 +78,27 @@ def test_the_largest_attention_is_the_loops(R, N, S, seed):
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 10**6))
 def test_the_farthest_are_chosen_one_by_one(N, n, seed):
-    """Of the vectors that exist; the last comes first, and none twice while others are left."""
+    """Of the vectors that exist; the last comes first, none comes twice, nor one like it."""
     g = torch.Generator().manual_seed(seed)
     pool = torch.randn(1, 1, N, D, generator=g)
     there = torch.rand(1, 1, N, generator=g) < 0.7
     there[..., -1] = True
     found = farthest(pool, there, n)[0, 0].tolist()
+    twice = farthest(torch.cat((pool, pool), 2), torch.cat((there, there), 2), n)[0, 0].tolist()
     exist = [i for i in range(N) if there[0, 0, i]]
+    assert len(found) == n
+    if len(exist) > 1:  # one is its own mean, and like nothing
+        assert [i % N if i >= 0 else i for i in twice] == found
     mean = pool[0, 0, exist].mean(0)
     unit = torch.nn.functional.normalize(pool[0, 0] - mean, dim=-1).double()
     assert found[0] == N - 1
+    found = found[: found.index(-1)] if -1 in found else found
     assert set(found) <= set(exist)
-    assert len(set(found)) == min(n, len(exist)) or len(exist) == 1
-    for k in range(1, min(n, len(exist))):
+    assert len(set(found)) == len(found) <= min(n, len(exist))
+    if len(found) < min(n, len(exist)):  # all that are left are like one of these
+        left = set(exist) - set(found)
+        assert all(max(float(unit[i] @ unit[j]) for j in found) > 0.99 for i in left)
+    for k in range(1, len(found)):
         near = [max(float(unit[i] @ unit[j]) for j in found[:k]) for i in exist]
         chosen = max(float(unit[found[k]] @ unit[j]) for j in found[:k])
         assert chosen <= min(near) + 1e-5

@@ -17,7 +17,7 @@ import tiny
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from noise import feed, held_positions, new_cache, seeds, shares_of
+from noise import feed, held_positions, new_cache, seeds
 from small_policies import our_cases
 from traces import synthetic
 
@@ -54,20 +54,21 @@ def engine():
 
 def spied(policy):
     """The same policy, and what it finds and leaves: {(prompt, seen): [before, after, facts]}."""
-    notes = {}
+    notes, facts = {}, [None, None]  # facts: of the round, as they are when it divides
 
     class Spy(type(policy)):
+        def shares(self, cache, rows, sparsity):
+            facts[0] = super().shares(cache, list(range(len(cache.seen))), sparsity).tolist()
+            facts[1] = []
+            for layer in cache.layers:
+                importance = self.importance(layer, cache)
+                counts = self.salient(importance, layer, torch.arange(len(layer.lengths)))
+                counts = layer.lengths if counts is None else counts.tolist()
+                facts[1].append([importance.tolist(), counts])
+            return super().shares(cache, rows, sparsity)
+
         def round(self, cache, due):
-            before, facts = held_positions(cache), [None] * 3
-            if not isinstance(policy, FullKV):
-                salient = []
-                for layer in cache.layers:
-                    importance = self.importance(layer, cache)
-                    rows = torch.arange(len(layer.lengths))
-                    counts = self.salient(importance, layer, rows)
-                    counts = layer.lengths if counts is None else counts.tolist()
-                    salient.append([importance.tolist(), counts])
-                facts = [shares_of(self, cache), salient]
+            before, facts[:] = held_positions(cache), [None, None]
             scores = [layer.scores.tolist() if self.scored else None for layer in cache.layers]
             done = super().round(cache, due)
             after = held_positions(cache)
@@ -75,7 +76,9 @@ def spied(policy):
                 if ready:
                     key = cache.prompt[row], cache.seen[row]
                     both = [[layer[row] for layer in held] for held in (before, after)]
-                    notes[key] = SimpleNamespace(held=both, row=row, facts=facts, scores=scores)
+                    notes[key] = SimpleNamespace(
+                        held=both, row=row, facts=list(facts), scores=scores
+                    )
             return done
 
     spy = Spy(**{spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)})
@@ -134,7 +137,7 @@ def check_facts(policy, record, before, note):
                 rows = [[sum(column) for column in zip(*rows, strict=True)]]
             right = sum(map(oracles.hoyer, rows)) / len(rows)
             assert record["hoyer"][layer] == pytest.approx(right, abs=2e-4)
-        shares, salient = note.facts[:2]
+        shares, salient = note.facts
         share = shares[layer][note.row]
         assert record.get("budget", [None] * 3)[layer] == (share if policy.budget else None)
         importance, counts = salient[layer]
