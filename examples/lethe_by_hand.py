@@ -56,8 +56,8 @@ def prune(cache: list[dict], prompt: int, seen: int) -> None:
         order = S - 1 - score.flip(0).argsort(descending=True, stable=True)  # (S,) best slots first
         v, cuts = score[order], [i * S // SEGMENTS for i in range(1, SEGMENTS)]
         salient.append(order[: next((k for k in cuts if v[0] > TAU * v[k]), S)])
-    # 6. Budget: level * (1 - Hoyer) within bounds; the level rises until the shares add up.
-    level, weights = 0.0, 1 - torch.stack(hoyer).double()
+    # 6. Budget: level * Hoyer within bounds; the level rises until the shares add up.
+    level, weights = 0.0, torch.stack(hoyer).double()
     for _ in range(1000):
         share = (level * weights).clamp(min=protected + 1).minimum(torch.tensor(held))  # (L,)
         level += float((total - share.sum()) / weights.sum())
@@ -74,7 +74,7 @@ def prune(cache: list[dict], prompt: int, seen: int) -> None:
 
 if __name__ == "__main__":
     model, words = load("reasoner", device="cpu")[1], ["<end>", *WORDS]
-    puzzle = problem("walk", random.Random(int(sys.argv[1]) if sys.argv[1:] else 4), size=40)
+    puzzle = problem("walk", random.Random(int(sys.argv[1]) if sys.argv[1:] else 2), size=40)
     text = write(model, [words.index(word) for word in puzzle.prompt.split()])
     text = " ".join(words[token] for token in text if token)
     print(text, f"The answer is {'right' if solved(puzzle, text) else 'wrong'}.", sep="\n")

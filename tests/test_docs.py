@@ -254,7 +254,7 @@ def test_the_readme_is_short_and_its_two_commands_are_there():
     """One page; a set-up that runs, and one that tests, each a line that works by itself."""
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 140
     setup = "python3 -m venv .venv && .venv/bin/pip install -e"
-    assert marked("run") == f"{setup} . && .venv/bin/python generate.py --lethe"
+    assert marked("run") == f"{setup} . && .venv/bin/python generate.py --lethe-plus"
     assert (
         marked("tests") == f"{setup} '.[test]' && .venv/bin/python -m pytest -n 2 --dist worksteal"
     )

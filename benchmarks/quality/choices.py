@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[type[Policy], dict]] = {
     **{name: (POLICIES[name], {}) for name in ("random", "streaming", "h2o", "tova")},
     **{name: (POLICIES[name], {}) for name in ("snapkv", "pyramidkv", "rkv")},
     "lethe": (Lethe, {}),
+    "lethe-hoyer": (Lethe, {"allocation": "hoyer"}),
     "lethe-plus": (LethePlus, {}),
     "recall": (POLICIES["recall"], {}),
     "uniform": (LethePlus, PLAIN),

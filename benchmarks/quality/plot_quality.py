@@ -16,8 +16,8 @@ from benchmarks import ROOT
 from benchmarks.common.plots import INK, STYLE, draw_or_say, save
 
 COLORS = ["#3a87c8", "#d1662b", "#4c9a52", "#a56cc1", "#b8860b", "#c8517e", "#2a9d9d"]
-COLORS += ["#7f7f3f", "#8a6d5c", "#5b4fc0"]
-MARKERS = "os^DvPX*h<"
+COLORS += ["#7f7f3f", "#8a6d5c", "#5b4fc0", "#6b8fa8", "#a83232"]
+MARKERS = "os^DvPX*h<>p"
 DASHES = ["solid", (0, (5, 2)), (0, (1, 1.5))]
 FIRST = ["lethe-plus", "lethe"]  # in the first colours, on top of the others
 

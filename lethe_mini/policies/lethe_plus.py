@@ -2,7 +2,7 @@
 
 It adds five things to policy.py's Lethe: places for tokens that no newer key resembles, a lag
 before attention counts, a choice per head, a part of the budget that layers share evenly, and a cap
-on what one layer counts. Each is an option, and a value switches it off.
+on what one layer counts. Each is an option, and a value switches it off. Dense layers get more.
 """
 
 from dataclasses import dataclass, replace

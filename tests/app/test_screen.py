@@ -66,9 +66,9 @@ def test_a_verdict_says_what_is_right():
     assert some == f"2 of 3 answers are right; right is: {own.answer} {kind}"
 
 
-def test_lethe_solves_a_puzzle_with_half_of_the_cache_gone(capsys):
-    """What `python generate.py --lethe` shows a newcomer, whole."""
-    assert cli.main(["--lethe"]) == 0
+def test_lethe_plus_solves_a_puzzle_with_half_of_the_cache_gone(capsys):
+    """What `python generate.py --lethe-plus` shows a newcomer, whole."""
+    assert cli.main(["--lethe-plus"]) == 0
     out, err = capsys.readouterr()
     assert puzzle(0).prompt in err
     assert len(out.split()) > 600

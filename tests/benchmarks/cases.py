@@ -26,7 +26,7 @@ ALL |= {
 ALL |= {
     f"lethe-{name}": make(Lethe, **changes)
     for name, changes in {
-        "inverse": {"allocation": "inverse_hoyer", "breakpoint": "none"},
+        "hoyer": {"allocation": "hoyer", "breakpoint": "none"},
         "global": {"tau": 3.0},
         "segment": {"breakpoint": "segment", "tau": 1.5, "segments": 7},
         "alone": {"budget": None, "evict_threshold": 11, "tau": 2.0, "segments": 5},

@@ -58,7 +58,7 @@ def test_by_hand_has_the_values_of_lethe(by_hand):
     del named["WORDS"]
     assert named == {name: getattr(Lethe(), name.lower()) for name in named}
     # What it has no constant for is as it is in Lethe().
-    assert (Lethe().allocation, Lethe().breakpoint) == ("hoyer", "global")
+    assert (Lethe().allocation, Lethe().breakpoint) == ("inverse_hoyer", "global")
     assert Lethe().protect_prompt
 
 
@@ -137,7 +137,7 @@ def test_by_hand_ends_and_stops_where_it_should(by_hand, reasoner):
 
 
 def test_by_hand_tells_its_rounds_and_whether_it_is_right():
-    lines = run(f"python {BY_HAND.relative_to(ROOT)} 4").splitlines()
+    lines = run(f"python {BY_HAND.relative_to(ROOT)} 2").splitlines()
     assert lines[-1] == "The answer is right."
     rounds = [line for line in lines if "tokens seen" in line]
     layers = [line for line in lines if "Hoyer" in line]

@@ -615,7 +615,7 @@ def test_the_ends_of_every_range_are_allowed(policy):
             assert getattr(policy(**changes), spec.name) == value
 
 
-@pytest.mark.parametrize("allocation", ["inverse_hoyer", "uniform"])
+@pytest.mark.parametrize("allocation", ["hoyer", "uniform"])
 def test_an_allocation_without_a_budget_is_refused(allocation):
     """There is nothing to divide."""
     with pytest.raises(UserError, match=rf"^allocation {allocation} needs a budget; .*--budget\)$"):
@@ -665,10 +665,11 @@ def test_a_budget_without_room_is_refused_before_anything_is_computed(policy, pr
 
 
 def test_lethes_defaults_are_the_papers():
-    """All that the paper gives a number or a name; a prompt is protected, as for every policy."""
+    """All that the paper gives a number or a name; a prompt is protected, as for every policy.
+    Layers are divided against its words, as real models have it."""
     paper = Lethe()
     assert (paper.tau, paper.recent_ratio, paper.breakpoint) == (400, 0.3, "global")
-    assert (paper.allocation, paper.budget, paper.protect_prompt) == ("hoyer", 0.25, True)
+    assert (paper.allocation, paper.budget, paper.protect_prompt) == ("inverse_hoyer", 0.25, True)
 
 
 @pytest.mark.parametrize("policy", PRUNERS, ids=lambda policy: policy.name)

@@ -43,7 +43,7 @@ VARIANTS = {
         "breakpoint": {"tau": 3.0},
         "segment": {"breakpoint": "segment", "tau": 1.5, "segments": 7},
         "no-breakpoint": {"breakpoint": "none"},
-        "inverse": {"allocation": "inverse_hoyer", "breakpoint": "none"},
+        "hoyer": {"allocation": "hoyer", "breakpoint": "none"},
         "uniform": {"allocation": "uniform", "breakpoint": "none"},
         "alone": {**ALONE, "tau": 2.0, "segments": 5},
         "alone-segment": {**ALONE, "evict_threshold": 9, "breakpoint": "segment", "tau": 1.5},

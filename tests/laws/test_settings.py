@@ -33,6 +33,7 @@ from lethe_mini.policy import Pruner
 PRUNERS = [kind for kind in POLICIES.values() if issubclass(kind, Pruner)]
 # LethePlus with each of its additions switched off.
 WITHOUT = {"even_share": 0.0, "cap": 0.0, "lag": 0, "distinct_ratio": 0.0, "per_head": False}
+WITHOUT |= {"allocation": Lethe().allocation}
 NEVER = {"allocation": "uniform", "breakpoint": "none"}
 
 AGREE = {  # what it says: the two policies
@@ -57,7 +58,7 @@ AGREE = {  # what it says: the two policies
         FullKV(),
     ),
     "scores that never decay, per head, are H2O's": (
-        make(LethePlus, gamma=1.0, recent_ratio=0.5, **NEVER, **WITHOUT | {"per_head": True}),
+        make(LethePlus, gamma=1.0, recent_ratio=0.5, **WITHOUT | NEVER | {"per_head": True}),
         make(H2O),
     ),
     "all of the room for recent tokens is StreamingLLM": (
