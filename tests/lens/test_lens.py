@@ -254,7 +254,8 @@ def test_the_map_is_drawn_as_its_legend_says(opened, runs):
     """A cell has the colour of its kind: the first four are sinks; what is dropped is grey."""
     one = runs[0].data["sequences"][0]
     held = state(runs[0], one["read"]) > 0
-    layer, token = (int(x[0]) for x in np.nonzero(~held))
+    dropped = np.argwhere(~held[2:])  # layer 0 is picked; its frame touches layer 1
+    layer, token = int(dropped[0, 0]) + 2, int(dropped[0, 1])
     cells = [[layer, 2, 0], [layer, 9, 1], [layer, token, 4], [layer, one["read"] - 1, 3]]
     with opened(runs[0]) as view:
         found = view.evaluate(
