@@ -152,13 +152,13 @@ def farthest(pool: Tensor, there: Tensor, n: int) -> Tensor:
     unit = F.normalize(vectors - mean, dim=-1)
     cosine = unit @ unit.mT
     nearest = cosine.new_full(there.shape, -2.0).masked_fill(~there, 2.0)
-    picked = [torch.full(there.shape[:2], there.shape[2] - 1, device=pool.device)]
+    best = torch.full(there.shape[:2], there.shape[2] - 1, device=pool.device)
+    picked = [best]
     while len(picked) < n:
-        newest = picked[-1].clamp(min=0)[..., None]
-        to_it = cosine.gather(2, newest[..., None].expand(-1, -1, 1, there.shape[2]))[:, :, 0]
-        nearest = nearest.maximum(to_it).scatter(2, newest, 2.0)
-        value, best = nearest.min(-1)
-        picked.append(best.masked_fill(value > SAME, -1))
+        index = best[..., None, None].expand(-1, -1, 1, there.shape[2])
+        nearest = nearest.maximum(cosine.gather(2, index)[:, :, 0]).scatter(2, best[..., None], 2.0)
+        likeness, best = nearest.min(-1)
+        picked.append(best.masked_fill(likeness > SAME, -1))
     return torch.stack(picked, dim=-1)
 
 
