@@ -334,21 +334,23 @@ def table(path: Path, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def parameters(path: Path) -> dict:
+    """A document's table of parameters: name -> default."""
+    rows = table(path, "Parameters")
+    return {name.strip("`"): ast.literal_eval(default.strip("`")) for name, default, _ in rows}
+
+
 def test_the_table_of_parameters_is_the_dataclass():
-    rows = {name.strip("`"): default for name, default, _ in table(ALGORITHM, "Parameters")}
-    shown = {name: ast.literal_eval(default.strip("`")) for name, default in rows.items()}
+    shown = parameters(ALGORITHM)
     assert shown == {spec.name: spec.default for spec in fields(Lethe)}
-    rows = {name.strip("`"): default for name, default, _ in table(PLUS, "Parameters")}
-    shown = {name: ast.literal_eval(default.strip("`")) for name, default in rows.items()}
+    shown = parameters(PLUS)
     of_lethe = {spec.name: spec.default for spec in fields(Lethe)}
     own = {spec.name: spec.default for spec in fields(LethePlus)}
     assert shown == {name: own[name] for name in shown}
     assert {name for name in own if own[name] != of_lethe.get(name)} <= shown.keys()
-    rows = {name.strip("`"): default for name, default, _ in table(RECALL, "Parameters")}
-    shown = {name: ast.literal_eval(default.strip("`")) for name, default in rows.items()}
     shared = {spec.name for spec in fields(Pruner)}
     own = {spec.name: spec.default for spec in fields(Recall) if spec.name not in shared}
-    assert shown == own
+    assert parameters(RECALL) == own
 
 
 def test_the_table_of_policies_is_the_registry():
