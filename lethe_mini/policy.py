@@ -245,7 +245,7 @@ class Lethe(Pruner):
     scored: ClassVar[bool] = True
     needs_budget: ClassVar[bool] = False
 
-    allocation: str = option("inverse_hoyer", "divides the budget", choices=ALLOCATIONS)
+    allocation: str = option("inverse_hoyer", "divides budget over layers", choices=ALLOCATIONS)
     breakpoint: str = option("global", "where the curve of scores breaks", choices=BREAKPOINTS)
     tau: float = option(400.0, "how large a ratio makes a breakpoint", low=1)
     segments: int = option(16, "parts the curve of scores is cut into", low=2)

@@ -409,7 +409,7 @@ def kept_sets(policy, seed, held):
     return [set(row) for row in cache.layers[0].positions[0].tolist()]
 
 
-# Not Recall: its heads draw from the same places, so a head may win fewer of more.
+# Not Recall: a larger budget has more places for marks, which comes before what beacons want.
 NESTED = [(policy, "none") for policy in PRUNERS if policy is not Recall]
 NESTED += [(policy, kind) for policy in (Lethe, LethePlus) for kind in ("global", "segment")]
 
