@@ -44,10 +44,8 @@ class Seen:
 
 
 class LayerCache:
-    """What one layer holds for B sequences.
-
-    notes: see Notes. compact: a key's RoPE angle is that of its slot, not of its position.
-    """
+    """What one layer holds for B sequences. notes: see Notes. compact: a key's RoPE angle is that
+    of its slot, not of its position."""
 
     def __init__(self, index, config, seen: Seen, dtype, compact, inv_freq, notes: Notes):
         self.index, self.seen, self.notes = index, seen, notes

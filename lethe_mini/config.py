@@ -25,3 +25,8 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     dtype: str  # the dtype that the weights were saved in
+    num_experts: int = 0  # in the layers of expert_layers, in place of an MLP
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    expert_layers: tuple[int, ...] = ()

@@ -36,17 +36,22 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b: (..., in) -> (..., out)."""
-        rows, on_cpu = x.flatten(0, -2), x.device.type == "cpu"
-        left = not VECTORS or x.dtype == torch.float32
-        if len(rows) == 1 and on_cpu and (left or torch.compiler.is_compiling()):
-            y = _matrix_vector(self.weight, rows[0])[None]
-        elif widens(self.weight):
-            y = _wide_product(rows, self.weight)
-        elif len(rows) <= FEW and on_cpu and left:
-            y = (self.weight @ rows.t()).t().contiguous()
-        else:
-            return F.linear(x, self.weight, self.bias)
-        return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, quick for few rows: (..., in), (out, in), (out) -> (..., out)."""
+    rows, on_cpu = x.flatten(0, -2), x.device.type == "cpu"
+    left = not VECTORS or x.dtype == torch.float32
+    if len(rows) == 1 and on_cpu and (left or torch.compiler.is_compiling()):
+        y = _matrix_vector(weight, rows[0])[None]
+    elif widens(weight):
+        y = _wide_product(rows, weight)
+    elif len(rows) <= FEW and on_cpu and left:
+        y = (weight @ rows.t()).t().contiguous()
+    else:
+        return F.linear(x, weight, bias)
+    return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
 
 class Joined(Linear):

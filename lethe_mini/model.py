@@ -2,8 +2,7 @@
 
 Parameters carry the hub's names, less the leading `model.`; only what has one input is one product
 (`Joined`). The cache is passed in and is the only state. The model knows nothing of policies: it
-appends keys and values to the cache, attends over them, and adds what every key received to the
-scores.
+appends keys and values to the cache, attends over them, and adds to scores what each key received.
 """
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .attention import attend, causal_mask
 from .cache import KVCache
 from .config import ModelConfig
+from .experts import Experts
 from .kernels import Joined, Linear, Store, write
 from .rope import rope_cos_sin, rotate
 
@@ -32,9 +32,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, D = config.hidden_size, config.head_dim
-        inner, inner_kv = config.num_attention_heads * D, config.num_key_value_heads * D
-        parts = {"q_proj": inner, "k_proj": inner_kv, "v_proj": inner_kv}
-        self.qkv_proj = Joined(hidden, config.qkv_bias, **parts)
+        inner, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+        self.qkv_proj = Joined(hidden, config.qkv_bias, q_proj=inner, k_proj=kv, v_proj=kv)
         self.o_proj = Linear(inner, hidden, bias=config.o_bias)
         norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.q_norm, self.k_norm = (norm(D, config.rms_norm_eps) for _ in range(2))
@@ -55,13 +54,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, a function of tensors alone, so that it compiles as a whole."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.head_dim = config.head_dim
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = (Experts if index in config.expert_layers else MLP)(config)
 
     def forward(self, x, cos, sin, positions, store: Store | None = None, slots=None, lag=0):
         """x: (B, T, hidden); cos, sin: (B, 1, T, D/2); positions: (B, T) -> x and the queries
@@ -90,7 +89,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -114,10 +113,8 @@ class Transformer(nn.Module):
         self, tokens: Tensor, positions=None, cache: KVCache | None = None, last_only=False
     ) -> Tensor:
         """tokens: (B, T) int64 -> logits (B, T, vocab) float32; (B, 1, vocab) with `last_only`.
-
         positions: (B, T), the tokens' places in the text; by default they follow what the cache
-        has seen. With a cache its sequences all grow by T.
-        """
+        has seen. With a cache its sequences all grow by T."""
         T = tokens.shape[1]
         if cache is not None:
             cache.reserve(T)

@@ -24,7 +24,8 @@ class Family:
     qk_norm: bool = False
     head_dim: int | None = None  # where config.json does not say; None: hidden_size / heads
     positions: int = 2048
-    window: str = "use_sliding_window"  # "always": sliding_window alone decides
+    window: str = "layers"  # of a sliding window, see _has_window: "layers", "switch" or "always"
+    experts: bool = False
 
 
 FAMILIES = {
@@ -34,8 +35,34 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(
         "attention_bias", "attention_bias", qk_norm=True, head_dim=128, positions=32768
     ),
+    "Qwen3MoeForCausalLM": Family(
+        "attention_bias",
+        "attention_bias",
+        qk_norm=True,
+        positions=32768,
+        window="switch",
+        experts=True,
+    ),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+# What other architectures compute otherwise, and the value that changes nothing. A file that asks
+# for it under a name of FAMILIES would run, and be wrong.
+REFUSED = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "attention_multiplier": None,
+    "query_pre_attn_scalar": None,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "clip_qkv": None,
+    "use_qk_norm": False,
+    "attention_chunk_size": None,
+    "no_rope_layers": [],
+    "shared_expert_intermediate_size": 0,
+    "n_shared_experts": 0,
+}
 
 
 def read_json(path: Path) -> dict:
@@ -61,112 +88,161 @@ def read_config(folder: Path) -> ModelConfig:
 
 def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     """data: a parsed config.json; where: its name in errors. Raises UserError."""
-
-    def refuse(condition, message: str) -> None:
-        if condition:
-            raise UserError(f"{where}: {message}")
-
-    def number(key, kind=int, default=None, source=data):
-        value = default if source.get(key) is None else source[key]
-        refuse(value is None, f"the key {key!r} is missing")
-        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        limit = 1e38 if kind is float else 2**31  # what float32 and PyTorch's sizes can hold
-        fits = fits and 0 < value < limit
-        refuse(not fits, f"{key} should be a positive number, not {value!r}")
-        return kind(value)
-
-    def flag(key, default=False, source=data) -> bool:
-        value = default if source.get(key) is None else source[key]
-        refuse(not isinstance(value, bool), f"{key} should be true or false, not {value!r}")
-        return value
-
-    names = data.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names
-    known = f"lethe-mini runs {', '.join(FAMILIES)}"
-    strange = not isinstance(name, str) or name not in FAMILIES
-    refuse(strange, f"architecture {name!r} is not supported; {known}")
-    family = FAMILIES[name]
-    quantized = data.get("quantization_config")
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    instead = "take the unquantized one, or convert a GGUF (lethe_mini.checkpoint.convert_gguf)"
-    refuse(quantized, f"a quantized checkpoint ({method!r}) is not supported; {instead}")
-    positions = number("max_position_embeddings", default=family.positions)
-    refuse(_has_window(data, family, positions), "sliding-window attention is not supported")
+    read = _Reader(data, where)
+    name, family = _family(read)
+    positions = read.number("max_position_embeddings", default=family.positions)
+    read.refuse(_has_window(data, family, positions), "sliding-window attention is not supported")
     act = data.get("hidden_act")
-    refuse(act not in (None, "silu", "swish"), f"hidden_act {act!r} is not supported; only silu")
+    strange = act not in (None, "silu", "swish")
+    read.refuse(strange, f"hidden_act {act!r} is not supported; only silu")
+    for key, neutral in REFUSED.items():
+        value = data.get(key)
+        read.refuse(value not in (None, neutral), f"{key} {value!r} is not supported")
 
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    kv_heads = number("num_key_value_heads", default=heads)
+    heads, hidden = read.number("num_attention_heads"), read.number("hidden_size")
+    kv_heads = read.number("num_key_value_heads", default=heads)
     uneven = f"num_attention_heads ({heads}) is not divisible by"
-    refuse(heads % kv_heads, f"{uneven} num_key_value_heads ({kv_heads})")
+    read.refuse(heads % kv_heads, f"{uneven} num_key_value_heads ({kv_heads})")
     uneven = f"hidden_size ({hidden}) is not divisible by num_attention_heads ({heads})"
     given = data.get("head_dim") or family.head_dim
-    refuse(given is None and hidden % heads, f"{uneven}; head_dim is not given")
-    head_dim = number("head_dim", default=family.head_dim or max(1, hidden // heads))
-    refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
-    refuse(head_dim > 2**16, f"head_dim ({head_dim}) is larger than {2**16}")
+    read.refuse(given is None and hidden % heads, f"{uneven}; head_dim is not given")
+    head_dim = read.number("head_dim", default=family.head_dim or max(1, hidden // heads))
+    read.refuse(head_dim % 2, f"head_dim ({head_dim}) is odd; RoPE turns pairs")
+    read.refuse(head_dim > 2**16, f"head_dim ({head_dim}) is larger than {2**16}")
 
-    # transformers 5 keeps everything about RoPE in one dictionary; others keep theta beside it.
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    refuse(not isinstance(rope, dict), f"rope_parameters should be an object, not {rope!r}")
-    partial = any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope))
-    refuse(partial, "partial_rotary_factor is not supported; only 1.0")
-    per_layer = any(isinstance(value, dict) for value in rope.values())
-    refuse(per_layer, "RoPE that differs between layers is not supported")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    strange = not isinstance(kind, str) or kind not in ROPE_TYPES
-    refuse(strange, f"RoPE type {kind!r} is not supported; only {', '.join(ROPE_TYPES)}")
-    scaling = {key: number(key, float, source=rope) for key in ROPE_TYPES[kind]}
-    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
-    refuse(high <= low, "high_freq_factor should be above low_freq_factor")
-    theta_beside = data if rope.get("rope_theta") is None else rope
-    theta = number("rope_theta", float, default=10000.0, source=theta_beside)
-    if kind == "yarn":
-        refuse(theta <= 1, f"rope_theta should be above 1 for yarn, not {theta}")
-        key = "original_max_position_embeddings"
-        scaling[key] = number(key, float, default=positions, source=rope)
-        scaling["truncate"] = flag("truncate", default=True, source=rope)
-        scaling |= {key: number(key, float, default, rope) for key, default in YARN.items()}
-        given = [key for key in YARN_FACTORS if rope.get(key) is not None]
-        scaling |= {key: number(key, float, source=rope) for key in given}
-        refuse(scaling["beta_fast"] <= scaling["beta_slow"], "beta_fast should be above beta_slow")
-
+    inv_freq, factor = _rope(read, head_dim, positions)
+    layers = read.number("num_hidden_layers")
     biases = (family.qkv_bias, family.o_bias, family.mlp_bias)
-    qkv, o, mlp = (flag(one) if isinstance(one, str) else one for one in biases)
+    qkv, o, mlp = (read.flag(one) if isinstance(one, str) else one for one in biases)
     dtype = data.get("dtype") or data.get("torch_dtype")
     return ModelConfig(
         architecture=name,
-        vocab_size=number("vocab_size"),
+        vocab_size=read.number("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
+        intermediate_size=read.number("intermediate_size"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=positions,
-        rms_norm_eps=number("rms_norm_eps", float, default=1e-6),
-        inv_freq=inverse_frequencies(kind, theta, head_dim, scaling),
-        rope_factor=rope_factor(kind, scaling),
-        tie_word_embeddings=flag("tie_word_embeddings"),
+        rms_norm_eps=read.number("rms_norm_eps", float, default=1e-6),
+        inv_freq=inv_freq,
+        rope_factor=factor,
+        tie_word_embeddings=read.flag("tie_word_embeddings"),
         qkv_bias=qkv,
         qk_norm=family.qk_norm,
         o_bias=o,
         mlp_bias=mlp,
         dtype=dtype if dtype in DTYPES else "float32",
+        **(_experts(read, layers) if family.experts else {}),
     )
+
+
+class _Reader:
+    """The values of a config.json, each checked."""
+
+    def __init__(self, data: dict, where: str):
+        self.data, self.where = data, where
+
+    def refuse(self, condition, message: str) -> None:
+        if condition:
+            raise UserError(f"{self.where}: {message}")
+
+    def number(self, key, kind=int, default=None, source=None):
+        """A number above 0, of the whole file or of a dictionary in it."""
+        value = (self.data if source is None else source).get(key)
+        value = default if value is None else value
+        self.refuse(value is None, f"the key {key!r} is missing")
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        limit = 1e38 if kind is float else 2**31  # what float32 and PyTorch's sizes can hold
+        fits = fits and 0 < value < limit
+        self.refuse(not fits, f"{key} should be a positive number, not {value!r}")
+        return kind(value)
+
+    def flag(self, key, default=False, source=None) -> bool:
+        value = (self.data if source is None else source).get(key)
+        value = default if value is None else value
+        self.refuse(not isinstance(value, bool), f"{key} should be true or false, not {value!r}")
+        return value
+
+
+def _family(read: _Reader) -> tuple[str, Family]:
+    """The architecture, by its name."""
+    names = read.data.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    known = f"lethe-mini runs {', '.join(FAMILIES)}"
+    strange = not isinstance(name, str) or name not in FAMILIES
+    read.refuse(strange, f"architecture {name!r} is not supported; {known}")
+    quantized = read.data.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    instead = "take the unquantized one, or convert a GGUF (lethe_mini.checkpoint.convert_gguf)"
+    read.refuse(quantized, f"a quantized checkpoint ({method!r}) is not supported; {instead}")
+    return name, FAMILIES[name]
+
+
+def _rope(read: _Reader, head_dim: int, positions: int) -> tuple[tuple[float, ...], float]:
+    """The frequencies of RoPE, and what cos and sin are multiplied by. transformers 5 keeps all of
+    it in one dictionary; others keep theta beside it."""
+    data = read.data
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    read.refuse(not isinstance(rope, dict), f"rope_parameters should be an object, not {rope!r}")
+    partial = any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope))
+    read.refuse(partial, "partial_rotary_factor is not supported; only 1.0")
+    per_layer = any(isinstance(value, dict) for value in rope.values())
+    read.refuse(per_layer, "RoPE that differs between layers is not supported")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    strange = not isinstance(kind, str) or kind not in ROPE_TYPES
+    read.refuse(strange, f"RoPE type {kind!r} is not supported; only {', '.join(ROPE_TYPES)}")
+    scaling = {key: read.number(key, float, source=rope) for key in ROPE_TYPES[kind]}
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    read.refuse(high <= low, "high_freq_factor should be above low_freq_factor")
+    theta_beside = data if rope.get("rope_theta") is None else rope
+    theta = read.number("rope_theta", float, default=10000.0, source=theta_beside)
+    if kind == "yarn":
+        read.refuse(theta <= 1, f"rope_theta should be above 1 for yarn, not {theta}")
+        key = "original_max_position_embeddings"
+        scaling[key] = read.number(key, float, default=positions, source=rope)
+        scaling["truncate"] = read.flag("truncate", default=True, source=rope)
+        scaling |= {key: read.number(key, float, default, rope) for key, default in YARN.items()}
+        given = [key for key in YARN_FACTORS if rope.get(key) is not None]
+        scaling |= {key: read.number(key, float, source=rope) for key in given}
+        uneven = scaling["beta_fast"] <= scaling["beta_slow"]
+        read.refuse(uneven, "beta_fast should be above beta_slow")
+    return inverse_frequencies(kind, theta, head_dim, scaling), rope_factor(kind, scaling)
+
+
+def _experts(read: _Reader, layers: int) -> dict:
+    """The fields of a mixture of experts. The number of experts has two names: that of the hub, and
+    that of files which transformers 5 writes."""
+    key = "num_experts" if read.data.get("num_experts") is not None else "num_local_experts"
+    count, chosen = read.number(key), read.number("num_experts_per_tok")
+    read.refuse(chosen > count, f"num_experts_per_tok ({chosen}) is above {key} ({count})")
+    dense = read.data.get("mlp_only_layers") or []
+    known = isinstance(dense, list) and all(type(index) is int for index in dense)
+    read.refuse(not known, f"mlp_only_layers should be a list of layers, not {dense!r}")
+    step = read.number("decoder_sparse_step", default=1)
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": read.number("moe_intermediate_size"),
+        "norm_topk_prob": read.flag("norm_topk_prob"),
+        "expert_layers": tuple(sorted(set(range(step - 1, layers, step)) - set(dense))),
+    }
 
 
 def _has_window(data: dict, family: Family, positions: int) -> bool:
     """Does a sliding window reach any layer? `layer_types`, where given, has the last word; else
-    Qwen's window starts at layer max_window_layers, and Mistral's is in every layer, where one as
-    long as the positions does nothing. Defaults are those of transformers."""
+    Qwen's window starts at layer max_window_layers if use_sliding_window switches it on, a
+    mixture's is then in every layer, and Mistral's always is. There one as long as the positions
+    does nothing. Defaults are those of transformers."""
     kinds = data.get("layer_types")
     if kinds:
         return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
-    if family.window == "always":
-        window = data.get("sliding_window", 4096)
-        return window is not None and not (isinstance(window, int) and window >= positions)
-    first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
-    reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
-    window = data.get("use_sliding_window") and data.get("sliding_window", 4096)
-    return bool(window) and not reaches_none
+    window = data.get("sliding_window", 4096)
+    if family.window != "always" and not data.get("use_sliding_window"):
+        return False
+    if family.window == "layers":
+        first, layers = data.get("max_window_layers", 28), data.get("num_hidden_layers")
+        reaches_none = isinstance(first, int) and isinstance(layers, int) and first >= layers
+        return bool(window) and not reaches_none
+    return window is not None and not (isinstance(window, int) and window >= positions)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from ..model import Joined, Transformer
+from ..model import Experts, Joined, Transformer
 from .config import DTYPES, read_config, read_json
 
 FETCHED = ["*.safetensors", "*.json", "*.jinja"]
@@ -180,18 +180,21 @@ def load_weights(
 
 def named_weights(model: torch.nn.Module, read=torch.Tensor.detach) -> dict[str, torch.Tensor]:
     """Every weight under the name that the hub's checkpoints give it, less the leading `model.`:
-    views of the parameters, whose rows hold several weights where they are joined. read: what is
-    wanted of a parameter."""
+    views of the parameters, which hold several weights where they are joined or stacked. read:
+    what is wanted of a parameter."""
     weights = {}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if not isinstance(module, Joined):
-            weights[name] = read(parameter)
-            continue
-        rows = read(parameter).split(list(module.parts.values()))
-        owner = owner.rpartition(".")[0]
-        weights |= {f"{owner}.{part}.{leaf}": w for part, w in zip(module.parts, rows, strict=True)}
+        if isinstance(module, Joined):
+            rows = read(parameter).split(list(module.parts.values()))
+            owner = owner.rpartition(".")[0]
+            parts = {f"{part}.{leaf}": w for part, w in zip(module.parts, rows, strict=True)}
+        elif isinstance(module, Experts):
+            parts = module.parts(leaf, read(parameter))
+        else:
+            parts = {leaf: read(parameter)}
+        weights |= {f"{owner}.{part}".lstrip("."): weight for part, weight in parts.items()}
     return weights
 
 

@@ -26,6 +26,12 @@ LLAMA = {
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"]}
+QWEN3MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 LLAMA3 = {
     "factor": 8.0,
@@ -92,6 +98,47 @@ def test_qwen3_normalizes_q_and_k_and_has_a_head_size_of_its_own():
     assert parse_config(without(QWEN3, "max_position_embeddings")).max_position_embeddings == 32768
 
 
+def test_a_mixture_says_which_layers_have_experts():
+    config = parse_config(QWEN3MOE)
+    assert (config.num_experts, config.num_experts_per_tok) == (8, 2)
+    assert (config.moe_intermediate_size, config.norm_topk_prob) == (24, False)
+    assert (config.qk_norm, config.head_dim, config.expert_layers) == (True, 8, (0, 1, 2))
+    assert parse_config(QWEN3MOE | {"decoder_sparse_step": 2}).expert_layers == (1,)
+    assert parse_config(QWEN3MOE | {"mlp_only_layers": [0, 2, 9]}).expert_layers == (1,)
+    assert parse_config(QWEN3MOE | {"decoder_sparse_step": 4}).expert_layers == ()
+    # transformers 5 writes another name.
+    renamed = without(QWEN3MOE, "num_experts") | {"num_local_experts": 8}
+    assert parse_config(renamed) == config
+    assert parse_config(QWEN3).expert_layers == ()
+
+
+@pytest.mark.parametrize("window", [None, 512, 9999])
+def test_a_mixtures_window_may_be_switched_off_or_as_long_as_its_positions(window):
+    parse_config(QWEN3MOE | {"use_sliding_window": True, "sliding_window": window})
+    parse_config(QWEN3MOE | {"use_sliding_window": False, "sliding_window": 4})
+    # It reaches every layer, whatever max_window_layers says.
+    short = {"use_sliding_window": True, "sliding_window": 511, "max_window_layers": 99}
+    refused(QWEN3MOE | short, "sliding-window attention")
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok .9. is above num_experts .8."),
+        ({"num_experts": None}, "'num_local_experts' is missing"),
+        ({"num_experts_per_tok": None}, "'num_experts_per_tok' is missing"),
+        ({"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers should be a list of layers"),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers should be"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step should be"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob should be true or false"),
+        ({"shared_expert_intermediate_size": 48}, "shared_expert_intermediate_size 48 is not"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(extra, match):
+    refused(QWEN3MOE | extra, match)
+
+
 def test_mistral_has_no_biases_whatever_the_file_says():
     config = parse_config(MISTRAL | {"attention_bias": True, "mlp_bias": True})
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
@@ -155,6 +202,16 @@ HUB = {
             | {"original_max_position_embeddings": 32768}
         },
         8_190_735_360,
+    ),
+    "Qwen3-30B-A3B": (
+        QWEN3MOE,
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "head_dim": 128}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 151936}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+        | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        | {"rope_theta": 1000000.0, "max_position_embeddings": 40960, "sliding_window": None}
+        | {"use_sliding_window": False, "max_window_layers": 48, "tie_word_embeddings": False},
+        30_532_122_624,
     ),
     "Mistral-7B-v0.3": (
         MISTRAL,
@@ -279,6 +336,11 @@ def test_a_sliding_window_that_reaches_no_layer_is_none(extra):
             {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": -1}},
             "mscale should be",
         ),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not"),
+        ({"logits_scaling": 8}, "logits_scaling 8 is not supported"),
+        ({"use_qk_norm": True}, "use_qk_norm True is not supported"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers .1, 0. is not supported"),
         ({"head_dim": 2**17}, "head_dim .131072. is larger than"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic'"),
         ({"rope_scaling": {"type": ["linear"]}}, "RoPE type"),

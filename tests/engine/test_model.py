@@ -21,7 +21,8 @@ from lethe_mini.checkpoint.load import load_model
 from lethe_mini.engine import Engine
 
 VOCAB, POSITIONS = 67, 509
-FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral"]
+FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Qwen3Moe"]
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 13}
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
@@ -68,8 +69,12 @@ def reference(family, **changes):
     }
     if family == "Mistral":
         sizes["sliding_window"] = None  # its default is a window
+    if family == "Qwen3Moe":
+        sizes |= EXPERTS | {"head_dim": 4}
     Config = getattr(transformers, f"{family}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(Config(**sizes | changes | ENDLESS))
+    if family == "Qwen3Moe":
+        model.set_experts_implementation("eager")  # its quicker ones want sizes of whole 16 bytes
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -97,10 +102,15 @@ def loaded(model, folder, spelling="rope_parameters"):
 
 @torch.inference_mode()
 def assert_same(model, ours, tokens):
-    """Logits as transformers' to 1e-4, and far from constant."""
+    """Logits as transformers' to 1e-5 of the largest one, and far from constant."""
     expected = model(tokens).logits
     assert expected.std() > 0.1
-    assert (ours(tokens) - expected).abs().max() < 1e-4
+    assert_close(ours(tokens), expected)
+
+
+def assert_close(logits, expected, tolerance=1e-5):
+    """Equal to `tolerance` of the largest logit: float32 promises no more."""
+    assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @torch.inference_mode()
@@ -135,6 +145,14 @@ CASES = {
     "qwen3": ("Qwen3", {"head_dim": 10}),
     "qwen3-tied": ("Qwen3", {"head_dim": 4, "tie_word_embeddings": True}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 1}),
+    "qwen3moe": ("Qwen3Moe", {"norm_topk_prob": True, "head_dim": 10}),
+    "qwen3moe-one": ("Qwen3Moe", {"num_experts_per_tok": 1, "attention_bias": True}),
+    "qwen3moe-all": ("Qwen3Moe", {"num_experts_per_tok": 7, "tie_word_embeddings": True}),
+    "qwen3moe-first-dense": ("Qwen3Moe", {"mlp_only_layers": [0]}),
+    "qwen3moe-every-third": (
+        "Qwen3Moe",
+        {"num_hidden_layers": 6, "decoder_sparse_step": 3, "mlp_only_layers": [2, 11]},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-head-dim": ("Mistral", {"head_dim": 10, "sliding_window": POSITIONS}),
 }
@@ -166,6 +184,7 @@ def test_the_hubs_spelling_of_rope_is_the_same_model(tmp_path, family, rope, spe
         ("Qwen2", "default"),
         ("Qwen3", "yarn"),
         ("Mistral", "linear"),
+        ("Qwen3Moe", "default"),
     ],
 )
 def test_greedy_text_equals_that_of_transformers(tmp_path, family, rope):
@@ -195,7 +214,15 @@ def test_any_sizes_equal_transformers(data):
         "rope_parameters": ROPE[data.draw(st.sampled_from([*ROPE]))],
         "tie_word_embeddings": data.draw(st.booleans()),
     }
-    if family in ("Llama", "Qwen3"):
+    if family == "Qwen3Moe":
+        count = data.draw(st.integers(1, 9))
+        changes["num_experts"] = count
+        changes["num_experts_per_tok"] = data.draw(st.integers(1, count))
+        changes["moe_intermediate_size"] = data.draw(st.integers(1, 17))
+        changes["norm_topk_prob"] = data.draw(st.booleans())
+        changes["decoder_sparse_step"] = data.draw(st.integers(1, 3))
+        changes["mlp_only_layers"] = data.draw(st.lists(st.integers(0, 2), max_size=2))
+    if family in ("Llama", "Qwen3", "Qwen3Moe"):
         changes["attention_bias"] = data.draw(st.booleans())
     if family == "Llama":
         changes["mlp_bias"] = data.draw(st.booleans())
@@ -214,11 +241,6 @@ def tiny(**changes):
     llama = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "vocab_size": VOCAB}
     sizes = {"num_hidden_layers": 2, "rope_parameters": ROPE["llama3"]}
     return random_model(**{**llama, **sizes, **changes})
-
-
-def assert_close(logits, expected, tolerance=1e-5):
-    """Equal to `tolerance` of the largest logit: float32 promises no more."""
-    assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @given(

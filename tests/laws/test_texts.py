@@ -18,34 +18,13 @@ from lethe_mini.rope import rope_cos_sin, rotate
 both_positions = pytest.mark.parametrize("compact", [False, True], ids=["absolute", "compact"])
 
 
-@pytest.fixture(scope="module")
-def model():
-    return new_model()
-
-
-@pytest.fixture(scope="module")
-def exact_model():
-    """In float64, so that rounding, which differs with the size of a batch, decides nothing."""
-    return new_model(torch.float64)
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-
-
-@pytest.fixture(scope="module", params=["Qwen2", "Qwen3"])
-def any_model(request):
-    """With biases; and with norms of q and k, and yarn. Llama and Mistral have none of these."""
-    more = {} if request.param == "Qwen2" else {"rope_parameters": YARN}
-    return new_model(architectures=[f"{request.param}ForCausalLM"], **more)
-
-
 @both_positions
 @torch.inference_mode()
-def test_logits_are_those_of_a_full_pass_without_the_evicted(any_model, policy, compact):
+def test_logits_are_those_of_a_full_pass_without_the_evicted(model, policy, compact):
     """Exactness: to 1e-5 the cache computes what masks in a full pass would."""
     tokens = some_tokens(47, seed=3)
-    cache, logits, looks = run(any_model, policy, tokens, prompt=7, compact=compact)
-    right = full_pass(any_model, tokens, looks, compact)[6:]
+    cache, logits, looks = run(model, policy, tokens, prompt=7, compact=compact)
+    right = full_pass(model, tokens, looks, compact)[6:]
     torch.testing.assert_close(logits, right, atol=1e-5, rtol=1e-5)
     if not isinstance(policy, FullKV):
         assert cache.held < 3 * 47
@@ -61,7 +40,7 @@ def test_keys_are_raw_keys_turned_to_their_position_or_slot(model, policy, compa
     block, layer = model.layers[0], cache.layers[0]
     inputs = block.input_layernorm(model.embed_tokens(torch.tensor(tokens)))
     _, raw, _ = block.self_attn.qkv_proj(inputs)
-    raw = block.self_attn.k_norm(raw.view(-1, 2, 10))
+    raw = block.self_attn.k_norm(raw.view(-1, 2, 10)) * model.config.rope_factor
     before_rope = keys_before_rope(layer, torch.tensor([0]))[0]
     for head, positions in enumerate(held_positions(cache)[0][0]):
         raw_keys, angles = raw[positions, head], range(len(positions)) if compact else positions
@@ -163,7 +142,7 @@ def test_a_sequence_never_depends_on_its_neighbours(exact_model, policy, lengths
 def test_compact_text_may_outgrow_the_positions(policy):
     """With absolute positions a model of 43 stops there; turned to their slots, keys go on, as
     long as what is held is bounded."""
-    model, prompts = new_model(max_position_embeddings=43), [some_tokens(n, n) for n in (7, 4)]
+    model, prompts = new_model(positions=43), [some_tokens(n, n) for n in (7, 4)]
     _, _, result = generate(model, prompts, policy, max_new_tokens=90)
     for one in result.sequences:
         assert one.finish_reason == "positions"

@@ -4,6 +4,7 @@ L = 3, H = 6, H_kv = 2, D = 10.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -17,7 +18,6 @@ from lethe_mini.model import Transformer
 
 VOCAB = 53
 SIZES = {
-    "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": VOCAB,
     "hidden_size": 42,
     "intermediate_size": 38,
@@ -25,14 +25,27 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 10,
-    "max_position_embeddings": 128,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 7.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+ORIGINAL = {"original_max_position_embeddings": 32}
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 13}
+# Each with what only it has: biases, kinds of RoPE, norms of q and k, experts but in one layer.
+FAMILIES = {
+    "Qwen2": {},
+    "Llama": {"rope_parameters": LLAMA3 | ORIGINAL, "mlp_bias": True},
+    "Mistral": {"sliding_window": None},
+    "Qwen3": {"rope_parameters": YARN | ORIGINAL},
+    "Qwen3Moe": {**EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 
 
-def new_model(dtype=torch.float32, **changes):
+@functools.cache
+def new_model(family="Qwen2", dtype=torch.float32, positions=128):
     """Random weights, queries and keys large enough for peaked attention."""
     torch.manual_seed(7)
-    model = Transformer(parse_config(SIZES | changes)).eval()
+    named = {"architectures": [f"{family}ForCausalLM"], "max_position_embeddings": positions}
+    model = Transformer(parse_config(SIZES | FAMILIES[family] | named)).eval()
     for name, weight in sorted(named_weights(model).items()):
         if "norm" not in name:
             scale = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
