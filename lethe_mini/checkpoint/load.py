@@ -8,6 +8,7 @@ holds one copy of the model, and no file stays open. Nothing is unpickled.
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from .config import DTYPES, read_config, read_json
 FETCHED = ["*.safetensors", "*.json", "*.jinja"]
 NOT_FETCHED = ["*/*", "consolidated*"]  # folders of other formats; a second copy of the weights
 FLOATS = ("F64", "F32", "F16", "BF16")  # 8-bit floats need scales: they count as quantized
+PORTION = 1 << 25
 NO_PICKLES = "pickled weights (.bin, .pt, .pth) are never read, so convert those to safetensors"
 
 
@@ -161,11 +163,12 @@ def load_weights(
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
     weights = named_weights(model)
-    for name, (file, key) in plan.items():
+    for file, keys in _portions(plan, weights):
         # safe_open maps the file, and its tensors are views of it. A copy keeps no tie to the file.
-        # Reopening for each tensor frees the pages that were copied already.
+        # Reopening now and then frees the pages that were copied already.
         with _opened(file) as tensors:
-            weights[name].copy_(tensors.get_tensor(key))
+            for name, key in keys.items():
+                weights[name].copy_(tensors.get_tensor(key))
 
     if head is not None:
         with _opened(head[0]) as tensors:
@@ -176,6 +179,19 @@ def load_weights(
                 f"{head[0]}: {head[1]} differs from the embedding, yet config.json ties the two; "
                 "set tie_word_embeddings to false there"
             )
+
+
+def _portions(plan: dict, weights: dict[str, torch.Tensor]) -> Iterator[tuple[Path, dict]]:
+    """What is read while a file is open, {name: tensor}: some PORTION bytes."""
+    portions: dict[Path, dict] = {}
+    sizes: Counter[Path] = Counter()
+    for name, (file, key) in plan.items():
+        portions.setdefault(file, {})[name] = key
+        sizes[file] += weights[name].nbytes
+        if sizes[file] >= PORTION:
+            yield file, portions.pop(file)
+            sizes[file] = 0
+    yield from portions.items()
 
 
 def named_weights(model: torch.nn.Module, read=torch.Tensor.detach) -> dict[str, torch.Tensor]:
