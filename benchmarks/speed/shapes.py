@@ -19,6 +19,24 @@ QWEN2 = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
 }
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
+QWEN3_MOE = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
 
 
 def _sizes(base, hidden, inner, layers, heads, kv_heads, tied, **more) -> dict:
@@ -44,15 +62,23 @@ SHAPES = {
     "qwen-0.5b": _sizes(QWEN2, 896, 4864, 24, 14, 2, True, vocab_size=151936),  # Qwen2.5 0.5B
     "qwen-1.5b": _sizes(QWEN2, 1536, 8960, 28, 12, 2, True, vocab_size=151936),
     "qwen-7b": _sizes(QWEN2, 3584, 18944, 28, 28, 4, False, vocab_size=152064),
+    "qwen3-0.6b": _sizes(QWEN3, 1024, 3072, 28, 16, 8, True),
+    "qwen3-4b": _sizes(QWEN3, 2560, 9728, 36, 32, 8, True),
+    "qwen3-8b": _sizes(QWEN3, 4096, 12288, 36, 32, 8, False),  # R1-0528-Qwen3-8B, too
+    "qwen3-30b-a3b": _sizes(QWEN3_MOE, 2048, 6144, 48, 32, 4, False),
 }
 
 
 def weights_estimate(shape: str) -> int:
     """Bytes of a shape's weights, at two bytes a number."""
     s = SHAPES[shape]
-    hidden, D = s["hidden_size"], s["hidden_size"] // s["num_attention_heads"]
-    attention = hidden * (2 * hidden + 2 * s["num_key_value_heads"] * D)
-    layer = attention + 3 * hidden * s["intermediate_size"]
+    hidden, heads = s["hidden_size"], s["num_attention_heads"]
+    D = s.get("head_dim", hidden // heads)
+    attention = 2 * hidden * D * (heads + s["num_key_value_heads"])
+    inner = s["intermediate_size"]
+    if "num_experts" in s:
+        inner = s["num_experts"] * s["moe_intermediate_size"]
+    layer = attention + 3 * hidden * inner
     ends = s["vocab_size"] * hidden * (1 if s["tie_word_embeddings"] else 2)
     return 2 * (s["num_hidden_layers"] * layer + ends)
 

@@ -151,6 +151,10 @@ def test_published_geometries_have_their_models_sizes():
     assert billions["llama-1b"] == pytest.approx(1.24, rel=0.01)
     assert billions["qwen-7b"] == pytest.approx(7.62, rel=0.01)
     assert billions["qwen-0.5b"] == pytest.approx(0.494, rel=0.01)
+    assert billions["qwen3-0.6b"] == pytest.approx(0.596, rel=0.01)
+    assert billions["qwen3-4b"] == pytest.approx(4.02, rel=0.01)
+    assert billions["qwen3-8b"] == pytest.approx(8.19, rel=0.01)
+    assert billions["qwen3-30b-a3b"] == pytest.approx(30.53, rel=0.01)
     assert billions["smollm2-135m"] == pytest.approx(0.1345, rel=0.01)
 
 
