@@ -1,10 +1,10 @@
 """GGUF to a model folder: python -m lethe_mini.checkpoint.convert_gguf IN.gguf OUT_FOLDER
 
-Reads files of `llama`, `qwen2` and `qwen3`, in any quantization that the `gguf` package can undo,
-and writes what a checkpoint on the hub holds: config.json,
-model.safetensors in bfloat16, tokenizer.json, tokenizer_config.json, generation_config.json.
-Anything else (another architecture, RoPE or pre-tokenizer, a tensor that the model does not have)
-raises an error that names it. The folder appears whole or not at all.
+Reads files of `llama`, `qwen2`, `qwen3` and `qwen3moe`, in any quantization that the `gguf` package
+can undo, and writes what a checkpoint on the hub holds: config.json, safetensors in bfloat16 (in
+shards, so that memory need not hold the model), tokenizer.json, tokenizer_config.json,
+generation_config.json. Anything else (another architecture, RoPE or pre-tokenizer, a tensor that
+the model does not have) raises an error that names it. The folder appears whole or not at all.
 """
 
 import argparse
@@ -14,48 +14,26 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
-from tokenizers import pre_tokenizers as cut
 
 from ..config import ModelConfig
 from ..errors import UserError
 from .config import parse_config
+from .gguf_tokenizer import make_tokenizer
 
 ARCHITECTURES = {  # a Mistral's file says llama
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
 }
-REFUSED = {
-    "expert_count": "a mixture of experts",
-    "attention.sliding_window": "sliding-window attention",
-}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-# How Llama 3 and Qwen2 cut text before BPE; they differ in how many digits stay together.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-GPT2 = [cut.ByteLevel(add_prefix_space=False)]
-BYTES = cut.ByteLevel(add_prefix_space=False, use_regex=False)
-LLAMA3 = [cut.Split(Regex(SPLIT.replace("DIGITS", "{1,3}")), "isolated"), BYTES]
-QWEN2 = [cut.Split(Regex(SPLIT.replace("DIGITS", "")), "isolated"), BYTES]
-PRE_TOKENIZERS = {  # tokenizer.ggml.pre
-    "default": GPT2,
-    "gpt-2": GPT2,
-    # Digits first: the blank line before "1." then stays one piece, as the model was trained.
-    "smollm": [cut.Digits(individual_digits=True), *GPT2],
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-}
+SHARD = 4 << 30  # bytes of weights in a file
 
 
 def import_gguf():
@@ -137,8 +115,7 @@ def convert(path: Path | str, folder: Path | str) -> ModelConfig:
             text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
         (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o644)  # as the others; the library says 600
+        save_weights(weights, temporary)
         if folder.is_dir():
             folder.rmdir()  # it is empty; not every system renames onto a folder
         os.replace(temporary, folder)
@@ -153,9 +130,11 @@ def convert(path: Path | str, folder: Path | str) -> ModelConfig:
 
 def make_config(source: Source) -> dict:
     """config.json under the hub's keys; ModelConfig checks the numbers."""
-    for key, what in REFUSED.items():
-        if source.get(f"ARCH.{key}", int, 0):
-            raise UserError(f"{what} is not supported; take a dense model with full attention")
+    experts = source.get("ARCH.expert_count", int, 0)
+    if experts and source.architecture != "qwen3moe":
+        raise UserError(f"a mixture of experts is not supported in {source.architecture}")
+    if source.get("ARCH.attention.sliding_window", int, 0):
+        raise UserError("sliding-window attention is not supported; take one with full attention")
     if "token_embd.weight" not in source.tensors:
         raise UserError("the tensor token_embd.weight is missing; take another GGUF of the model")
     hidden = source.get("ARCH.embedding_length", int)
@@ -183,6 +162,13 @@ def make_config(source: Source) -> dict:
         "bos_token_id": source.get("tokenizer.ggml.bos_token_id", int, None),
         "eos_token_id": source.get("tokenizer.ggml.eos_token_id", int, None),
     }
+    if source.architecture == "qwen3moe":  # whose shares are always made to add up to 1
+        config |= {
+            "num_experts": experts,
+            "num_experts_per_tok": source.get("ARCH.expert_used_count", int),
+            "moe_intermediate_size": source.get("ARCH.expert_feed_forward_length", int),
+            "norm_topk_prob": True,
+        }
     # Qwen2 always has biases on q, k and v, and nowhere else.
     config["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
     config["mlp_bias"] = "blk.0.ffn_gate.bias" in source.tensors
@@ -191,12 +177,14 @@ def make_config(source: Source) -> dict:
 
 
 def rope_scaling(source: Source, head_dim: int, theta: float) -> dict | None:
-    """The hub's `rope_scaling`: linear from a key, llama3 from the factors of each pair."""
+    """The hub's `rope_scaling`: linear and yarn from keys, llama3 from the factors of each pair."""
     kind = source.get("ARCH.rope.scaling.type", str, "linear")  # the old files' only kind
     factor = source.get("ARCH.rope.scale_linear", float, 1.0)
     factor = source.get("ARCH.rope.scaling.factor", float, factor)
+    if kind == "yarn" and "rope_freqs.weight" not in source.tensors:
+        return yarn(source, factor)
     if kind not in ("none", "linear"):
-        raise UserError(f"RoPE scaling {kind!r} is not supported, only linear and llama3")
+        raise UserError(f"RoPE scaling {kind!r} is not supported, only linear, llama3 and yarn")
     linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
     if "rope_freqs.weight" not in source.tensors:
         return linear
@@ -213,8 +201,34 @@ def rope_scaling(source: Source, head_dim: int, theta: float) -> dict | None:
     raise UserError("rope_freqs.weight holds other factors than llama3's (8 or 32): not supported")
 
 
-def make_weights(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Hub name -> bfloat16 weight, in the names and shapes of the model, no more and no less."""
+def yarn(source: Source, factor: float) -> dict:
+    """`rope_scaling` of yarn. A file's attn_factor multiplies the factor of attention, as ours."""
+    for key in ("yarn_ext_factor", "yarn_log_multiplier"):
+        if source.get(f"ARCH.rope.scaling.{key}", float, None) is not None:
+            raise UserError(f"rope.scaling.{key} is not supported; take another GGUF of the model")
+    original = source.get("ARCH.rope.scaling.original_context_length", int)
+    numbers = {"factor": factor, "original_max_position_embeddings": original}
+    names = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+    names |= {"attn_factor": "attn_factor", "yarn_attn_factor": "attn_factor"}
+    for key, name in names.items():
+        if (number := source.get(f"ARCH.rope.scaling.{key}", float, None)) is not None:
+            numbers[name] = number
+    return {"rope_type": "yarn", **numbers}
+
+
+def make_weights(source: Source, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hub name and bfloat16 weight, in the names and shapes of the model, no more and no less.
+    Raises UserError for a tensor that is missing or too many, before the first one is read."""
+    plan = plan_of(source, config)
+    for name in sorted(set(plan) ^ (set(source.tensors) - {"rope_freqs.weight"})):
+        problem = "is missing" if name in plan else "is not one of this model's"
+        raise UserError(f"the tensor {name} {problem}; take another GGUF of the model")
+    return read_weights(source, plan, config.head_dim)
+
+
+def plan_of(source: Source, config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """GGUF name -> (hub name, shape). The hub name of a stack of experts has `{}` for their
+    number."""
     hidden, mid, D = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
     layer = {
@@ -224,9 +238,18 @@ def make_weights(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]
         "attn_v": ("self_attn.v_proj", (kv, hidden), config.qkv_bias),
         "attn_output": ("self_attn.o_proj", (hidden, q), config.o_bias),
         "ffn_norm": ("post_attention_layernorm", (hidden,), False),
+    }
+    dense = {
         "ffn_gate": ("mlp.gate_proj", (mid, hidden), config.mlp_bias),
         "ffn_up": ("mlp.up_proj", (mid, hidden), config.mlp_bias),
         "ffn_down": ("mlp.down_proj", (hidden, mid), config.mlp_bias),
+    }
+    E, mid = config.num_experts, config.moe_intermediate_size
+    mixture = {
+        "ffn_gate_inp": ("mlp.gate", (E, hidden), False),
+        "ffn_gate_exps": ("mlp.experts.{}.gate_proj", (E, mid, hidden), False),
+        "ffn_up_exps": ("mlp.experts.{}.up_proj", (E, mid, hidden), False),
+        "ffn_down_exps": ("mlp.experts.{}.down_proj", (E, hidden, mid), False),
     }
     if config.qk_norm:
         layer["attn_q_norm"] = ("self_attn.q_norm", (D,), False)
@@ -238,120 +261,59 @@ def make_weights(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]
     if not config.tie_word_embeddings:
         plan["output.weight"] = ("lm_head.weight", (config.vocab_size, hidden))
     for i in range(min(config.num_hidden_layers, len(source.tensors))):
-        for name, (target, shape, bias) in layer.items():
+        parts = layer | (mixture if i in config.expert_layers else dense)
+        for name, (target, shape, bias) in parts.items():
             plan[f"blk.{i}.{name}.weight"] = (f"model.layers.{i}.{target}.weight", shape)
             if bias:
                 plan[f"blk.{i}.{name}.bias"] = (f"model.layers.{i}.{target}.bias", shape[:1])
-    for name in sorted(set(plan) ^ (set(source.tensors) - {"rope_freqs.weight"})):
-        problem = "is missing" if name in plan else "is not one of this model's"
-        raise UserError(f"the tensor {name} {problem}; take another GGUF of the model")
+    return plan
 
-    weights = {}
+
+def read_weights(source: Source, plan: dict, D: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a plan, one after the other."""
     for name, (target, shape) in plan.items():
         weight = torch.from_numpy(np.require(source.weight(name, shape), requirements="W"))
         # A llama file's RoPE turns neighbouring rows of a head; the hub's (and a Qwen file's)
         # turns row i with row i + D/2: bring (D/2, 2) to (2, D/2).
         if source.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
             weight = weight.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).reshape(shape)
-        weights[target] = weight.to(torch.bfloat16).contiguous()
-    return weights
+        weight = weight.to(torch.bfloat16).contiguous()
+        if "{}" in target:
+            yield from ((target.format(e), one) for e, one in enumerate(weight))
+        else:
+            yield target, weight
 
 
-def make_tokenizer(source: Source, vocab_size: int) -> tuple[Tokenizer, dict[str, dict]]:
-    """The tokenizer, and {file name: content} of the two files that go with it."""
-    tokens = source.get("tokenizer.ggml.tokens", list)
-    types = source.get("tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens) or len(tokens) > vocab_size:
-        counts = f"{len(tokens)} tokens, {len(types)} token types and {vocab_size} embeddings"
-        raise UserError(f"{counts} do not fit together; take another GGUF of the model")
-    build = {"gpt2": byte_level, "llama": sentencepiece}
-    if (model := source.get("tokenizer.ggml.model", str)) not in build:
-        raise UserError(f"tokenizer {model!r} is not supported, only gpt2 and llama")
-    keys = {
-        "bos": "bos",
-        "eos": "eos",
-        "eot": "eot",
-        "eom": "eom",
-        "unknown": "unk",
-        "padding": "pad",
-    }
-    ids = {
-        name: source.get(f"tokenizer.ggml.{key}_token_id", int, None) for key, name in keys.items()
-    }
-    ids = {name: i for name, i in ids.items() if i is not None}
-    for name, i in ids.items():
-        if not 0 <= i < len(tokens):
-            raise UserError(f"the {name} token {i} is outside the vocabulary of {len(tokens)}")
+def save_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """One file, or shards of at most SHARD bytes and the index that says what is where."""
+    files: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    size = 0
 
-    try:
-        tokenizer, add_bos = build[model](source, tokens, types, ids)
-        special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
-        special |= {ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids}
-        whole = [i for i, kind in enumerate(types) if i in special or kind == USER_DEFINED]
-        tokenizer.add_tokens(
-            [AddedToken(tokens[i], special=i in special, normalized=False) for i in whole]
-        )
-        add_bos = "bos" in ids and source.get("tokenizer.ggml.add_bos_token", bool, add_bos)
-        if add_bos:  # add_eos_token is left out: a prompt that is to go on never ends with it
-            bos = tokens[ids["bos"]]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, ids["bos"])]
-            )
-    except UserError:
-        raise
-    except Exception as error:  # what `tokenizers` raises has no narrower type
-        raise UserError(f"the tokenizer is broken ({error!s:.80}); take another GGUF") from None
+    def save() -> None:
+        path = folder / f"{len(files)}.tmp"
+        save_file(held, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # as the other files; the library says 600
+        files.append([*held])
+        held.clear()
 
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
-    config |= {f"{n}_token": tokens[ids[n]] for n in ("bos", "eos", "unk", "pad") if n in ids}
-    if (template := source.get("tokenizer.chat_template", str, None)) is not None:
-        config["chat_template"] = template
-    ends = {"eos_token_id": sorted({ids[n] for n in ("eos", "eot", "eom") if n in ids}) or None}
-    return tokenizer, {"tokenizer_config.json": config, "generation_config.json": ends}
-
-
-def byte_level(source, tokens: list, types: list, ids: dict) -> tuple[Tokenizer, bool]:
-    """Byte-level BPE (GPT-2 and after), and whether BOS goes first unless the file says."""
-    if (name := source.get("tokenizer.ggml.pre", str)) not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"pre-tokenizer {name!r} is not supported, only {known}")
-    cuts = PRE_TOKENIZERS[name]
-    merges = [tuple(merge.split(" ")) for merge in source.get("tokenizer.ggml.merges", list)]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a piece that is a token whole, even where no merges lead there.
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=cuts is LLAMA3))
-    if cuts is QWEN2:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = cut.Sequence(cuts)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, cuts is LLAMA3
-
-
-def sentencepiece(source, tokens: list, types: list, ids: dict) -> tuple[Tokenizer, bool]:
-    """SentencePiece BPE with byte fallback (Llama 2); BOS goes first unless the file says."""
-    scores = source.get("tokenizer.ggml.scores", list)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    # SentencePiece joins the two neighbours whose union scores best: as a list of merges, the
-    # unions by falling score. Only normal tokens are made by joining.
-    normal = {token: i for token, i in vocab.items() if types[i] == NORMAL}
-    merges = [
-        (-scores[i], -at, token[:at], token[at:])
-        for token, i in normal.items()
-        for at in range(1, len(token))
-        if token[:at] in normal and token[at:] in normal
-    ]
-    merges = [(left, right) for *_, left, right in sorted(merges)]
-    unknown = tokens[ids["unk"]] if "unk" in ids else None
-    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    steps = [normalizers.Replace(" ", "▁")]
-    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if source.get("tokenizer.ggml.add_space_prefix", bool, True):
-        steps = [normalizers.Prepend("▁"), *steps]
-        back = [*back, decoders.Strip(" ", 1, 0)]
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence(back)
-    return tokenizer, True
+    for name, weight in weights:
+        if held and size + weight.nbytes > SHARD:
+            save()
+            size = 0
+        held[name] = weight
+        size += weight.nbytes
+    save()
+    if len(files) == 1:
+        (folder / "0.tmp").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(files):
+        shard = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        (folder / f"{number}.tmp").rename(folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n"
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ demo model's file is the real one.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -31,6 +32,7 @@ from lethe_mini.checkpoint import convert_gguf
 from lethe_mini.checkpoint.config import read_config
 from lethe_mini.checkpoint.convert_gguf import convert
 from lethe_mini.checkpoint.demo import fetch
+from lethe_mini.checkpoint.load import load_model
 from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.errors import UserError
 
@@ -123,7 +125,7 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
     kinds: {part of a GGUF name: quantization}; change: metadata to set (None deletes); without:
     names of tensors to leave out; tensors: tensors to add or replace.
     """
-    config, family = model.config, model.config.model_type
+    config, family = model.config, model.config.model_type.replace("_", "")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     keys = {
         f"{family}.block_count": config.num_hidden_layers,
@@ -132,7 +134,8 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
         f"{family}.feed_forward_length": config.intermediate_size,
         f"{family}.attention.head_count": heads,
         f"{family}.attention.head_count_kv": kv_heads,
-        **({f"{family}.attention.key_length": config.head_dim} if family == "qwen3" else {}),
+        **({f"{family}.attention.key_length": config.head_dim} if "qwen3" in family else {}),
+        **(experts_of(config) if family == "qwen3moe" else {}),
         f"{family}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
         f"{family}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         **tokenizer,
@@ -146,7 +149,7 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
     member = getattr(gguf.MODEL_ARCH, family.upper())
     names = gguf.get_tensor_name_map(member, config.num_hidden_layers)
     rng, arrays = np.random.default_rng(0), {}
-    for name, weight in model.state_dict().items():
+    for name, weight in stacked(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -173,10 +176,32 @@ def to_gguf(path, model, tokenizer, kinds=None, change=None, without=(), tensors
     return path
 
 
+def experts_of(config):
+    """What llama.cpp's converter writes of a mixture."""
+    return {
+        "qwen3moe.expert_count": config.num_experts,
+        "qwen3moe.expert_used_count": config.num_experts_per_tok,
+        "qwen3moe.expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def stacked(weights):
+    """Its experts, as the `gguf` package's table knows them."""
+    found = {}
+    for name, weight in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            gate, up = weight.chunk(2, dim=1)
+            found |= {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+        else:
+            found[name + ".weight" * name.endswith("experts.down_proj")] = weight
+    return found
+
+
 def tiny(family, vocab_size, tie=False, **more):
     """A transformers model with random weights, norms and biases included."""
     torch.manual_seed(0)
-    kind = getattr(transformers, f"{family.capitalize()}ForCausalLM")
+    kind = getattr(transformers, f"{family[0].upper()}{family[1:]}ForCausalLM")
     sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512}
     config = kind.config_class(vocab_size=vocab_size, tie_word_embeddings=tie, **(sizes | more))
@@ -260,6 +285,59 @@ def test_qwen3_with_its_norms_of_q_and_k_equals_transformers(tmp_path, bias):
     assert read_json(tmp_path / "out", "config.json")["architectures"] == ["Qwen3ForCausalLM"]
 
 
+MIXTURE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("shard", [1 << 30, 100_000])
+def test_a_mixtures_experts_come_apart_in_one_file_or_in_shards(tmp_path, monkeypatch, shard):
+    """Every weight to the bit, quantized ones as the `gguf` package undoes them."""
+    monkeypatch.setattr(convert_gguf, "SHARD", shard)
+    model = tiny("qwen3Moe", 324, head_dim=22, norm_topk_prob=True, **MIXTURE)
+    path = to_gguf(tmp_path / "tiny.gguf", model, vocabulary(), {"down_exps": Q.Q8_0})
+    convert(path, tmp_path / "out")
+    source = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    with torch.no_grad():
+        for i in range(2):
+            down = source[f"blk.{i}.ffn_down_exps.weight"]
+            down = torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type))
+            model.model.layers[i].mlp.experts.down_proj.copy_(down)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors*"))
+    assert (files == ["model.safetensors"]) == (shard == 1 << 30)
+    assert all((tmp_path / "out" / name).stat().st_mode & 0o777 == 0o644 for name in files)
+    ours = load_model(tmp_path / "out", "cpu", torch.float32)
+    rounded(model).set_experts_implementation("eager")
+    tokens = torch.randint(0, 324, (2, 37))
+    torch.testing.assert_close(ours(tokens), model(tokens).logits, rtol=0, atol=1e-5)
+    config = read_json(tmp_path / "out", "config.json")
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+    assert config["norm_topk_prob"]
+    assert config["head_dim"] == 22
+
+
+@pytest.mark.parametrize(
+    ("keys", "numbers"),
+    [
+        ({}, {}),
+        ({"attn_factor": 0.75}, {"attn_factor": 0.75}),
+        (
+            {"yarn_attn_factor": 0.5, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0},
+            {"attn_factor": 0.5, "beta_fast": 16.0, "beta_slow": 2.0},
+        ),
+    ],
+)
+def test_yarn_is_read_from_its_keys(tmp_path, keys, numbers):
+    path = tmp_path / "tiny.gguf"
+    model = tiny("qwen3", 324, head_dim=22)
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 128} | keys
+    change = {f"qwen3.rope.scaling.{key}": value for key, value in keys.items()}
+    to_gguf(path, model, vocabulary(), change=change)
+    config = convert(path, tmp_path / "out")
+    wanted = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert read_json(tmp_path / "out", "config.json")["rope_scaling"] == wanted | numbers
+    factor = (0.1 * math.log(4) + 1) * numbers.get("attn_factor", 1)
+    assert config.rope_factor == pytest.approx(factor)
+
+
 def test_llama_rows_of_q_and_k_come_back_in_order(tmp_path):
     model = tiny("llama", 324, tie=True)
     path = to_gguf(tmp_path / "tiny.gguf", model, vocabulary(), {"ffn": Q.Q5_1, "attn_v": Q.Q4_1})
@@ -272,9 +350,11 @@ def test_llama_rows_of_q_and_k_come_back_in_order(tmp_path):
     assert read_json(tmp_path / "out", "config.json")["tie_word_embeddings"]
 
 
-def test_llama_biases_and_a_head_size_of_its_own(tmp_path):
-    # transformers' GGUF reading knows neither; the oracle is the model the file was made from.
-    model = tiny("llama", 324, attention_bias=True, mlp_bias=True, head_dim=22)
+@pytest.mark.parametrize("biases", [True, False])
+def test_llama_biases_and_a_head_size_of_its_own(tmp_path, biases):
+    """Without biases that is a Mistral, whose files say llama. transformers' GGUF reading knows no
+    such size; the oracle is the model the file was made from."""
+    model = tiny("llama", 324, attention_bias=biases, mlp_bias=biases, head_dim=22)
     change = {"llama.attention.key_length": 22, "llama.attention.value_length": 22}
     path = to_gguf(tmp_path / "tiny.gguf", model, vocabulary(), change=change)
     convert(path, tmp_path / "out")
@@ -512,10 +592,15 @@ def refused(path, folder, match):
 
 CHANGES = {
     "architecture 'gemma2' is not supported": {"general.architecture": "gemma2"},
-    "a mixture of experts": {"llama.expert_count": 8},
+    "a mixture of experts is not supported in llama": {"llama.expert_count": 8},
     "sliding-window": {"llama.attention.sliding_window": 4096},
     "one of 3 parts": {"split.count": 3},
-    "RoPE scaling 'yarn'": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+    "RoPE scaling 'longrope'": {"llama.rope.scaling.type": "longrope"},
+    "rope.scaling.original_context_length is missing": {"llama.rope.scaling.type": "yarn"},
+    "rope.scaling.yarn_ext_factor is not supported": {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.yarn_ext_factor": 0.5,
+    },
     "big-endian": {"endianess": gguf.GGUFEndian.BIG},
     "pre-tokenizer 'tekken'": {"tokenizer.ggml.pre": "tekken"},
     "tokenizer 'bert'": {"tokenizer.ggml.model": "bert"},
