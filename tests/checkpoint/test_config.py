@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lethe_mini.checkpoint.config import DTYPES, parse_config, read_config, read_json
+from lethe_mini.checkpoint.load import named_weights
 from lethe_mini.checkpoint.rope import ROPE_TYPES, YARN, YARN_FACTORS, inverse_frequencies
 from lethe_mini.errors import UserError
 from lethe_mini.model import Transformer
@@ -253,6 +254,45 @@ def test_models_of_the_hub_have_their_parameters_to_the_last_one(name):
     with torch.device("meta"):
         model = Transformer(parse_config(family | facts))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def names_on_the_hub(family, facts):
+    """Every tensor of such a checkpoint, by its name there less the leading `model.`: its shape.
+    Facts of the formats, written down without the code that is tested."""
+    D = facts.get("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
+    hidden, inner = facts["hidden_size"], facts["intermediate_size"]
+    q, kv = facts["num_attention_heads"] * D, facts["num_key_value_heads"] * D
+    named = {"embed_tokens.weight": (facts["vocab_size"], hidden), "norm.weight": (hidden,)}
+    if not facts.get("tie_word_embeddings"):
+        named["lm_head.weight"] = (facts["vocab_size"], hidden)
+    for i in range(facts["num_hidden_layers"]):
+        layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        layer |= {"self_attn.q_proj": (q, hidden), "self_attn.o_proj": (hidden, q)}
+        layer |= {"self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
+        if family in (QWEN3, QWEN3MOE):
+            layer |= {"self_attn.q_norm": (D,), "self_attn.k_norm": (D,)}
+        mlps = {"mlp": inner}
+        if family is QWEN3MOE:
+            layer["mlp.gate"] = (facts["num_experts"], hidden)
+            mid = facts["moe_intermediate_size"]
+            mlps = {f"mlp.experts.{e}": mid for e in range(facts["num_experts"])}
+        for mlp, width in mlps.items():
+            layer |= {f"{mlp}.gate_proj": (width, hidden), f"{mlp}.up_proj": (width, hidden)}
+            layer[f"{mlp}.down_proj"] = (hidden, width)
+        named |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        if family is QWEN2:
+            biases = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+            named |= {f"layers.{i}.self_attn.{name}.bias": (n,) for name, n in biases.items()}
+    return named
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_models_of_the_hub_have_their_tensors_under_their_names(name):
+    family, facts, _ = HUB[name]
+    with torch.device("meta"):
+        model = Transformer(parse_config(family | facts))
+    named = {key: tuple(weight.shape) for key, weight in named_weights(model).items()}
+    assert named == names_on_the_hub(family, facts)
 
 
 def test_llama_switches_its_biases():
