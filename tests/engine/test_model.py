@@ -167,6 +167,16 @@ def test_logits_equal_those_of_transformers(tmp_path, case, rope):
     assert_same(model, loaded(model, tmp_path), torch.randint(VOCAB, (3, 131)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_are_the_same_model(tmp_path, family):
+    """Several files and their index, as large checkpoints are stored."""
+    model = reference(family)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ours = load_model(tmp_path, "cpu", torch.float32)
+    assert_same(model, ours, torch.randint(VOCAB, (2, 31)))
+
+
 @pytest.mark.parametrize("spelling", ["rope_type", "type"])
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("family", FAMILIES)
