@@ -50,7 +50,7 @@ class Engine:
     @torch.inference_mode()
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[dict] | Sequence[int]],
         policy: Policy | None = None,
         max_new_tokens: int | Sequence[int] = 512,
         sampling: Sampling | None = None,
@@ -69,8 +69,8 @@ class Engine:
         trace=None,
         **draws,
     ) -> Result:
-        """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
-        (one number, or one per prompt).
+        """Continues every prompt (text, messages, or token ids) until it ends or has as many tokens
+        more as `max_new_tokens` (one number, or one per prompt).
 
         policy: FullKV() by default. sampling: greedy by default; its fields may be given as they
         are, `temperature=0.7`. num_samples: sequences per prompt, which share its prefill.

@@ -163,7 +163,7 @@ def _write(
 
         screen = Screen(engine, prompts, args.num_samples, on_first)
         result = engine.generate(
-            [prompt.text for prompt in prompts],
+            [prompt.prompt for prompt in prompts],
             policy,
             [prompt.max_new_tokens or most for prompt in prompts],
             sampling,

@@ -61,7 +61,8 @@ def _add_model(group) -> None:
         "puzzle made from the seed; with a prompt, demo)")  # fmt: skip
     add("--revision", help="branch, tag or commit of a hub id")
     add("--prompt", action="append", help="a prompt; several are one batch")
-    add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt, id, ...")
+    add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt or "
+        "messages, id, ...")  # fmt: skip
     add("--interactive", action="store_true", help="a chat that keeps its cache; /exit ends it")
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", help="a system message before the prompt")
@@ -188,5 +189,5 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.prompt and args.prompt_file is not None:
         raise UserError("give --prompt or --prompt-file, not both")
     if args.prompt_file is not None:
-        return read_prompts(args.prompt_file)
+        return read_prompts(args.prompt_file, args.raw, args.system)
     return [Prompt(number, text) for number, text in enumerate(args.prompt or [], 1)]

@@ -1,9 +1,10 @@
 """Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text.
 
-A chat template is a program from a checkpoint. It runs in Jinja's immutable sandbox, and any error
-in it becomes a `UserError`. Text streams in whole characters: an unfinished character waits, and
-the pieces add up to `decode` of all ids. `tokenizers.DecodeStream` promises the same, but it raises
-or loses text where byte-fallback tokens make no valid UTF-8.
+A prompt is a text, or messages that the chat template writes out; a last message of the assistant
+is continued. The template is a program from a checkpoint. It runs in Jinja's immutable sandbox, and
+any error in it becomes a `UserError`. Text streams in whole characters: an unfinished one waits,
+and the pieces add up to `decode` of all ids. `tokenizers.DecodeStream` promises the same, but it
+raises or loses text where byte-fallback tokens make no valid UTF-8.
 """
 
 import json
@@ -18,6 +19,8 @@ from tokenizers import Tokenizer
 
 from ..errors import UserError
 from .config import read_json
+
+MARK = "(the text goes on here) "  # its last space shows whether a template trims a message
 
 
 class Text:
@@ -86,30 +89,59 @@ class Text:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> str:
-        """`messages`, each with role and content, as the model was trained to see them."""
+        """`messages`, each with role and content, as the model was trained to see them, up to where
+        its reply begins. A last message of the assistant is the beginning of that reply."""
+        if not messages or messages[-1].get("role") != "assistant":
+            return self._render(messages, reply=True)
+        *before, last = messages
+        text = last["content"]
+        thinks = text.rfind("<think>") > text.rfind("</think>")  # in a thought that is still open
+        if not thinks:  # as transformers does it (continue_final_message)
+            marked = self._render([*before, {**last, "content": text + MARK}], reply=False)
+            head, mark, rest = marked.rpartition(MARK.rstrip())
+            if mark and text.strip() in marked:
+                return head if rest.startswith(" ") else head.rstrip()
+        # The template would write an empty thought before the open one, or another text than this.
+        # So the text follows the head of a reply, which may open a thought, or an empty one.
+        head = self._render(before, reply=True)
+        if "<think>" in text:
+            head = re.sub(r"<think>\s*(</think>\s*)?\Z", "", head)
+        return head + text
+
+    def _render(self, messages: list[dict], reply: bool) -> str:
+        """What the template makes of the messages; reply: with the head of a reply at the end."""
         if self._template is None:
             raise UserError("this model has no chat template; use --raw, without a system text")
         try:
             template = _environment().from_string(self._template)
-            context = {"add_generation_prompt": True, "tools": None, "documents": None}
+            context = {"add_generation_prompt": reply, "tools": None, "documents": None}
             return template.render(messages=messages, **context, **self._specials)
         except Exception as error:  # a template can raise anything that Python can
             raise UserError(
-                f"the chat template failed ({type(error).__name__}: {_line(error)}); use --raw"
+                f"the chat template failed ({type(error).__name__}: {_line(error)}); "
+                "a text can go without it (--raw)"
             ) from None
 
-    def encode_prompt(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-        """The ids of a prompt, through the chat template unless `raw` or the model has none."""
+    def encode_prompt(
+        self, prompt: str | list[dict], system: str | None = None, raw: bool = False
+    ) -> list[int]:
+        """The ids of a prompt: of messages, or of a text. A text goes through the chat template
+        unless `raw` or the model has none. Raises UserError for what cannot be."""
+        is_text = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if is_text else [*prompt]
+        check_messages(messages, system)
         if raw or not self.has_template:
+            why = "--raw leaves it out" if raw else "this model has none"
+            if not is_text:
+                raise UserError(f"messages need a chat template, and {why}; give a text instead")
             if system is not None:
-                why = "--raw leaves it out" if raw else "this model has none"
                 raise UserError(
                     f"a system text needs a chat template, and {why}; drop the system text"
                 )
             ids = self.encode(prompt)
         else:
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": prompt})
+            if system is not None:
+                messages = [{"role": "system", "content": system}, *messages]
             # The template writes the special tokens itself; a second BOS would harm.
             ids = self.encode(self.chat(messages), add_special_tokens=False)
         if not ids:
@@ -170,6 +202,22 @@ class Stream:
         """The window's text, less an unfinished character: that shows as one U+FFFD at the end."""
         decoded = self._text.decode(self._ids)
         return decoded[:-1] if decoded.endswith("\ufffd") else decoded
+
+
+def check_messages(messages: list, system: str | None = None) -> None:
+    """Raises UserError for what are no messages, or where a system text would be their second."""
+    if not messages:
+        raise UserError("the list of messages is empty; give it a message")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise UserError(f"a message should have role and content, not be {message!r:.80}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise UserError(f"a message has no {key}; give it role and content, two strings")
+            if not isinstance(message[key], str):
+                raise UserError(f"a message's {key} should be a string, not {message[key]!r:.80}")
+    if system is not None and any(message["role"] == "system" for message in messages):
+        raise UserError("the messages have a system text already; give one of the two")
 
 
 def _chat_template(folder: Path, settings: dict) -> str | None:

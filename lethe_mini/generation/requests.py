@@ -100,10 +100,11 @@ def _encode(
     seen = 0 if cache is None else cache.next_angle(0)
     encoded, config = [], engine.model.config
     for prompt in prompts:
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) or _are_messages(prompt):
             if engine.text is None:
                 raise UserError("this engine has no tokenizer; give token ids")
-            prompt = engine.text.encode_prompt(prompt, system, raw) if prompt.strip() else []
+            blank = isinstance(prompt, str) and not prompt.strip()
+            prompt = [] if blank else engine.text.encode_prompt(prompt, system, raw)
         ids = _token_ids(prompt)
         if not ids:
             raise UserError("the prompt is empty; give it some text")
@@ -118,22 +119,23 @@ def _encode(
     return encoded
 
 
+def _are_messages(prompt) -> bool:
+    """Is it a list that holds a message?"""
+    return isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt)
+
+
 def _token_ids(prompt) -> list[int]:
-    """A prompt that is no text. Raises UserError for what is no list of whole numbers."""
+    """A prompt of token ids. Raises UserError for what is no list of whole numbers."""
     if isinstance(prompt, dict):
-        raise UserError("a prompt should be a text, not a message; give its content, and system=")
+        raise UserError("a prompt should be a list of messages, not one of them; give [messages]")
     try:
         ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
     except TypeError:
         raise UserError(
-            f"a prompt should be a text or a list of token ids, not {prompt!r}; "
+            f"a prompt should be a text, messages or a list of token ids, not {prompt!r}; "
             "prompts are a list, also for a single one"
         ) from None
     for id in ids:
-        if isinstance(id, dict):
-            raise UserError(
-                "a prompt should be a text, not a list of messages; give the content, and system="
-            )
         if not isinstance(id, Integral) or isinstance(id, bool):
             raise UserError(f"a prompt's token ids should be whole numbers, not {id!r}")
     return ids
