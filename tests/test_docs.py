@@ -58,7 +58,7 @@ class Words:
 
     eos_ids = frozenset()
 
-    def encode_prompt(self, prompt, system=None, raw=False):
+    def encode_prompt(self, prompt, system=None, raw=False, think=None):
         if not isinstance(prompt, str):
             prompt = " ".join(message["content"] for message in prompt)
         return [zlib.crc32(word.encode()) % SIZES["vocab_size"] for word in prompt.split()]

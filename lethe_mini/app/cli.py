@@ -126,7 +126,7 @@ def _most(args: argparse.Namespace, engine: Engine, own: Problem | None) -> int:
 
 def _options(args: argparse.Namespace) -> dict:
     """Options that go to Engine.generate as they are, in a conversation too."""
-    names = ("ignore_eos", "system", "positions", "prefill_chunk")
+    names = ("ignore_eos", "system", "think", "positions", "prefill_chunk")
     return {name: getattr(args, name) for name in names}
 
 

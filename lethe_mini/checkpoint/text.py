@@ -9,11 +9,14 @@ raises or loses text where byte-fallback tokens make no valid UTF-8.
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -88,42 +91,56 @@ class Text:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat(self, messages: list[dict]) -> str:
+    def chat(self, messages: list[dict], think: bool | None = None) -> str:
         """`messages`, each with role and content, as the model was trained to see them, up to where
-        its reply begins. A last message of the assistant is the beginning of that reply."""
+        its reply begins. A last message of the assistant is the beginning of that reply. think:
+        what the template is told about thinking; None: nothing."""
         if not messages or messages[-1].get("role") != "assistant":
-            return self._render(messages, reply=True)
+            return self._render(messages, True, think)
         *before, last = messages
         text = last["content"]
         thinks = text.rfind("<think>") > text.rfind("</think>")  # in a thought that is still open
         if not thinks:  # as transformers does it (continue_final_message)
-            marked = self._render([*before, {**last, "content": text + MARK}], reply=False)
+            marked = self._render([*before, {**last, "content": text + MARK}], False, think)
             head, mark, rest = marked.rpartition(MARK.rstrip())
             if mark and text.strip() in marked:
                 return head if rest.startswith(" ") else head.rstrip()
         # The template would write an empty thought before the open one, or another text than this.
         # So the text follows the head of a reply, which may open a thought, or an empty one.
-        head = self._render(before, reply=True)
+        head = self._render(before, True, think)
         if "<think>" in text:
             head = re.sub(r"<think>\s*(</think>\s*)?\Z", "", head)
         return head + text
 
-    def _render(self, messages: list[dict], reply: bool) -> str:
+    def _render(self, messages: list[dict], reply: bool, think: bool | None) -> str:
         """What the template makes of the messages; reply: with the head of a reply at the end."""
         if self._template is None:
             raise UserError("this model has no chat template; use --raw, without a system text")
-        try:
+        self.check_think(think)
+        context = {"add_generation_prompt": reply, "tools": None, "documents": None}
+        if think is not None:
+            context["enable_thinking"] = think
+        with _template_errors():
             template = _environment().from_string(self._template)
-            context = {"add_generation_prompt": reply, "tools": None, "documents": None}
             return template.render(messages=messages, **context, **self._specials)
-        except Exception as error:  # a template can raise anything that Python can
-            raise UserError(
-                f"the chat template failed ({type(error).__name__}: {_line(error)}); "
-                "a text can go without it (--raw)"
-            ) from None
+
+    def check_think(self, think: bool | None) -> None:
+        """Raises UserError where the chat template cannot be told whether to think."""
+        if think is None:
+            return
+        if type(think) is not bool:
+            raise UserError(f"think should be True, False or None, not {think!r:.80}")
+        with _template_errors():
+            names = find_undeclared_variables(_environment().parse(self._template or ""))
+        if "enable_thinking" not in names:
+            raise UserError("this model has no switch for thinking; leave out --think, --no-think")
 
     def encode_prompt(
-        self, prompt: str | list[dict], system: str | None = None, raw: bool = False
+        self,
+        prompt: str | list[dict],
+        system: str | None = None,
+        raw: bool = False,
+        think: bool | None = None,
     ) -> list[int]:
         """The ids of a prompt: of messages, or of a text. A text goes through the chat template
         unless `raw` or the model has none. Raises UserError for what cannot be."""
@@ -132,18 +149,19 @@ class Text:
         check_messages(messages, system)
         if raw or not self.has_template:
             why = "--raw leaves it out" if raw else "this model has none"
-            if not is_text:
-                raise UserError(f"messages need a chat template, and {why}; give a text instead")
-            if system is not None:
-                raise UserError(
-                    f"a system text needs a chat template, and {why}; drop the system text"
-                )
+            for given, what, mend in (
+                (not is_text, "messages need", "give a text instead"),
+                (system is not None, "a system text needs", "drop the system text"),
+                (think is not None, "--think and --no-think need", "leave them out"),
+            ):
+                if given:
+                    raise UserError(f"{what} a chat template, and {why}; {mend}")
             ids = self.encode(prompt)
         else:
             if system is not None:
                 messages = [{"role": "system", "content": system}, *messages]
             # The template writes the special tokens itself; a second BOS would harm.
-            ids = self.encode(self.chat(messages), add_special_tokens=False)
+            ids = self.encode(self.chat(messages, think), add_special_tokens=False)
         if not ids:
             raise UserError("the prompt is empty; give it some text")
         return ids
@@ -252,6 +270,18 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Around a template's run: it can raise anything that Python can, which becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the chat template failed ({type(error).__name__}: {_line(error)}); "
+            "a text can go without it (--raw)"
+        ) from None
 
 
 def _line(error: Exception) -> str:

@@ -36,6 +36,7 @@ def read_request(
     cache,
     system,
     raw,
+    think,
 ) -> Request:
     """What `Engine.generate` is asked for. Raises UserError for what cannot be done."""
     if isinstance(policy, type) or not hasattr(policy, "notes"):
@@ -46,7 +47,7 @@ def read_request(
     limits = _limits(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
     sequences = len(limits) * num_samples
     _check_cache(cache, policy, positions, sequences)
-    encoded = _encode(engine, prompts, policy, system, raw, cache)
+    encoded = _encode(engine, prompts, policy, system, raw, think, cache)
     together = batch_size or sequences
     return Request(encoded, limits, num_samples, together, prefill_chunk, positions, cache)
 
@@ -93,7 +94,13 @@ def _check_cache(cache: KVCache | None, policy, positions: str, sequences: int) 
 
 
 def _encode(
-    engine, prompts, policy, system: str | None, raw: bool, cache: KVCache | None
+    engine,
+    prompts,
+    policy,
+    system: str | None,
+    raw: bool,
+    think: bool | None,
+    cache: KVCache | None,
 ) -> list[list[int]]:
     """Every prompt's token ids. Raises UserError for one that the model or the policy cannot take;
     cache: what has been read before it, if anything."""
@@ -104,7 +111,7 @@ def _encode(
             if engine.text is None:
                 raise UserError("this engine has no tokenizer; give token ids")
             blank = isinstance(prompt, str) and not prompt.strip()
-            prompt = [] if blank else engine.text.encode_prompt(prompt, system, raw)
+            prompt = [] if blank else engine.text.encode_prompt(prompt, system, raw, think)
         ids = _token_ids(prompt)
         if not ids:
             raise UserError("the prompt is empty; give it some text")

@@ -572,6 +572,7 @@ OTHERS = {
     "seed": {"seed": 5},
     "template": {"raw": False},
     "system": {"raw": False, "system": "Be brief."},
+    "think": {"raw": False, "think": False},
     "positions": {"positions": "compact"},
     "eos": {"ignore_eos": True},
     "policy": {"policy": FullKV()},
@@ -696,6 +697,28 @@ def test_the_command_shows_and_records_what_messages_led_to(folder, tmp_path, ca
         f"{tiny.START}user\nWhy né?\u2028{tiny.END}\n{tiny.START}assistant\nBecause "
     )
     assert paths[2].stat().st_size > 1000
+
+
+def test_the_command_tells_the_template_whether_to_think(tmp_path, capsys):
+    """--no-think puts the empty thought before the reply; a model without a switch refuses it."""
+    model = tiny.folder(tmp_path / "thinks", template=tiny.THINKING)
+    trace = tmp_path / "trace.json"
+    argv = ["--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--trace", trace]
+    asked = {}
+    for option in ("--think", "--no-think", "--quiet"):
+        assert main([str(word) for word in [*argv, option]]) == 0
+        sequence = json.loads(trace.read_text(encoding="utf-8"))["sequences"][0]
+        asked[option] = "".join(sequence["pieces"][: sequence["prompt_tokens"]])
+    assert asked["--think"] == asked["--quiet"]
+    assert asked["--no-think"] == asked["--think"] + "<think>\n\n</think>\n\n"
+    capsys.readouterr()
+    plain = tiny.folder(tmp_path / "plain")
+    for model, more in ((plain, []), (tmp_path / "thinks", ["--raw"]), (plain, ["--interactive"])):
+        prompt = [] if "--interactive" in more else ["--prompt", "a"]
+        assert main(["--model", str(model), *prompt, "--no-think", *more]) == 2
+        error = capsys.readouterr().err
+        assert "think" in error
+        assert len(error.splitlines()) == 1
 
 
 # -- the command, killed and stopped ---------------------------------------------------------------

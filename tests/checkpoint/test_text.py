@@ -518,6 +518,56 @@ def test_messages_without_a_template_are_refused(chatty, raw):
     assert one_line(caught)
 
 
+# --- thinking
+
+
+@pytest.mark.parametrize("messages", TALKS.values(), ids=TALKS)
+@pytest.mark.parametrize("think", [True, False, None])
+def test_thinking_is_switched_as_transformers_switches_it(chatty, messages, think):
+    """On, off, and left to the template, which can tell that from both."""
+    template = tiny.THINKING + "{{ enable_thinking is defined }}"
+    options = {} if think is None else {"enable_thinking": think}
+    text, expected = chatty(template), by_transformers(template, messages, **options)
+    assert text.chat(messages, think) == expected
+    ids = text.encode(expected, add_special_tokens=False)
+    assert text.encode_prompt(messages, think=think) == ids
+
+
+def test_without_thinking_the_prompt_holds_an_empty_thought(chatty):
+    text, empty = chatty(tiny.THINKING), "<think>\n\n</think>\n\n"
+    assert text.chat([USER], False) == text.chat([USER], True) + empty
+    assert text.chat([USER], True) == text.chat([USER])
+    begun = [USER, reply("<think>Seven")]
+    assert text.chat(begun, False) == text.chat(begun, True)  # the thought that is there counts
+
+
+@pytest.mark.parametrize(
+    ("template", "think", "raw", "match"),
+    [
+        (TEMPLATE, True, False, "this model has no switch for thinking"),
+        (TEMPLATE, False, False, "this model has no switch for thinking"),
+        ("{% set enable_thinking = true %}{{ enable_thinking }}", False, False, "no switch for"),
+        ("{# enable_thinking #}", True, False, "no switch for thinking"),
+        (tiny.THINKING, True, True, "--think and --no-think need a chat template, and --raw"),
+        (
+            None,
+            False,
+            False,
+            "--think and --no-think need a chat template, and this model has none",
+        ),
+        (tiny.THINKING, "yes", False, "think should be True, False or None, not 'yes'"),
+        (tiny.THINKING, 1, False, "think should be True, False or None, not 1"),
+        ("{% if %}", True, False, "chat template failed"),
+    ],
+)
+def test_a_model_that_cannot_be_told_about_thinking_is_one_line(
+    chatty, template, think, raw, match
+):
+    with pytest.raises(UserError, match=match) as caught:
+        chatty(template).encode_prompt("hi", raw=raw, think=think)
+    assert one_line(caught)
+
+
 # --- the ids that end a text
 
 

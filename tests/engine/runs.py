@@ -21,7 +21,7 @@ class Letters:
     def __init__(self, *eos_ids):
         self.eos_ids = frozenset(eos_ids)
 
-    def encode_prompt(self, prompt, system=None, raw=False):
+    def encode_prompt(self, prompt, system=None, raw=False, think=None):
         return [ord(letter) % VOCAB for letter in prompt]
 
     def decode(self, ids):

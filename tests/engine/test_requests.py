@@ -99,6 +99,8 @@ MESSAGES = [
     ({"prompts": [[MESSAGE | {"content": "a\n" * 99, "role": 3}]]}, "role should be a string"),
     ({"prompts": [[MESSAGE]], "raw": True}, "messages need a chat template, and --raw leaves"),
     ({"prompts": [[SYSTEM, MESSAGE]], "system": "b"}, "have a system text already"),
+    ({"prompts": ["a"], "think": "no"}, "think should be True, False or None, not 'no'"),
+    ({"prompts": ["a"], "think": True, "raw": True}, "need a chat template, and --raw leaves it"),
 ]
 
 
@@ -134,6 +136,14 @@ def test_messages_texts_and_token_ids_are_prompts_side_by_side(chatty):
     assert result.sequences == alone.sequences
     with_system = chatty.generate([[MESSAGE]], max_new_tokens=5, system="a")
     assert with_system.sequences == chatty.generate([prompts[3]], max_new_tokens=5).sequences
+
+
+def test_thinking_is_told_to_the_template(chatty):
+    """The run is that of the prompt which the template writes then."""
+    for think in (True, False, None):
+        result = chatty.generate(["hello", [MESSAGE]], max_new_tokens=7, think=think)
+        ids = chatty.text.encode_prompt("hello", think=think)
+        assert result.sequences == chatty.generate([ids, ids], max_new_tokens=7).sequences
 
 
 IDS = [[1, 2], [3, 4]]
