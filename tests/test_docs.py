@@ -18,6 +18,7 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -57,6 +58,7 @@ class Words:
     """A text without a vocabulary: a word is a token, a token is its number."""
 
     eos_ids = frozenset()
+    sampling: ClassVar[dict] = {}
 
     def encode_prompt(self, prompt, system=None, raw=False, think=None):
         if not isinstance(prompt, str):

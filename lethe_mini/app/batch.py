@@ -135,7 +135,7 @@ def run_batch(
     **options,
 ) -> Result | None:
     """Writes to `output` what it lacks; None if it is complete. Options: Engine.generate's."""
-    sampling = sampling or Sampling()
+    sampling = Sampling.of(sampling, {}, engine.text)
     limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in prompts}
     runs = _runs(engine, policy, sampling, limits, options)
     done = read_done(output, prompts, num_samples, runs)

@@ -83,11 +83,12 @@ def _add_sampling(group) -> None:
     add("--max-new-tokens", type=int, help=f"most tokens to write (default: {MAX_NEW_TOKENS}; for "
         "the reasoner's own puzzle, what its solution takes)")  # fmt: skip
     add("--ignore-eos", action="store_true", help="continue after the token that ends a text")
-    add("--temperature", type=float, default=default.temperature, help=f"0 is greedy {DEFAULT}")
-    add("--top-p", type=float, default=default.top_p, help="sample from the best tokens that add "
-        f"up to this share {DEFAULT}")  # fmt: skip
-    add("--top-k", type=int, default=default.top_k, help="sample from so many of the best tokens; "
-        f"0: all {DEFAULT}")  # fmt: skip
+    own = "default: the model's own, else"
+    add("--temperature", type=float, help=f"0 is greedy ({own} greedy)")
+    add("--top-p", type=float, help="sample from the best tokens that add up to this share "
+        f"({own} {default.top_p})")  # fmt: skip
+    add("--top-k", type=int, help="sample from so many of the best tokens; 0: all "
+        f"({own} {default.top_k})")  # fmt: skip
     add("--seed", type=int, default=default.seed, help=f"seed of the draws {DEFAULT}")
     add("--num-samples", type=int, default=1, help=f"texts per prompt {DEFAULT}")
     add("--batch-size", type=int, help="sequences at once (default: all)")

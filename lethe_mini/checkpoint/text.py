@@ -1,4 +1,5 @@
-"""Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text.
+"""Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text; and the
+sampling that a model's makers advise.
 
 A prompt is a text, or messages that the chat template writes out; a last message of the assistant
 is continued. The template is a program from a checkpoint. It runs in Jinja's immutable sandbox, and
@@ -8,6 +9,7 @@ raises or loses text where byte-fallback tokens make no valid UTF-8.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +25,22 @@ from tokenizers import Tokenizer
 from ..errors import UserError
 from .config import read_json
 
+# What generation_config.json may say about sampling, in which range and in words.
+NUMBERS = {
+    "temperature": (lambda x: 0 <= x < math.inf, "a number, 0 (greedy) or above"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "top_k": (lambda x: x >= 0 and type(x) is int, "a whole number, 0 (off) or above"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "a number above 0"),
+}
 MARK = "(the text goes on here) "  # its last space shows whether a template trims a message
 
 
 class Text:
-    """The tokenizer, the chat template and the end-of-text ids of one model folder."""
+    """The tokenizer, the chat template, the end-of-text ids and the sampling of one model folder.
+
+    sampling: the fields of Sampling that generation_config.json decides, none where it is greedy.
+    repetition_penalty: what it asks for beside them and nobody applies; 1 is none.
+    """
 
     def __init__(self, folder: Path):
         folder = Path(folder)
@@ -56,6 +69,8 @@ class Text:
         self._template = _chat_template(folder, settings)
         self.has_template = self._template is not None
         self.eos_ids = self._find_eos(folder, config, generation)
+        self.sampling = _sampling(folder / "generation_config.json", generation)
+        self.repetition_penalty = self.sampling.pop("repetition_penalty", 1)
 
         added = self._tokenizer.get_added_tokens_decoder()
         self._skipped = frozenset(id for id, token in added.items() if token.special)
@@ -270,6 +285,22 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _sampling(path: Path, generation: dict) -> dict:
+    """What generation_config.json says about sampling; nothing where it does not ask for it.
+    null is as good as absent. Raises UserError for a value that makes no sense."""
+    wanted = generation.get("do_sample")
+    if wanted is not None and type(wanted) is not bool:
+        raise UserError(f"{path}: do_sample should be true or false, not {wanted!r:.80}")
+    if not wanted:
+        return {}
+    said = {name: generation.get(name) for name in NUMBERS if generation.get(name) is not None}
+    for name, value in said.items():
+        fits, words = NUMBERS[name]
+        if type(value) not in (int, float) or not fits(value):
+            raise UserError(f"{path}: {name} should be {words}, not {value!r:.80}")
+    return {"temperature": 1.0, **said}
 
 
 @contextmanager

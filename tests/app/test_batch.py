@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -185,6 +186,8 @@ def test_equal_prompts_give_equal_results(engine):
 
 class Bytes:
     """A stand-in for Text in which some tokens end a text."""
+
+    sampling: ClassVar[dict] = {}
 
     def __init__(self, *eos_ids):
         self.eos_ids = frozenset(eos_ids)

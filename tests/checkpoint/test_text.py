@@ -1,6 +1,7 @@
 """Text: whole characters from any ids, chat templates that cannot reach out, the ends of a text."""
 
 import json
+import math
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lethe_mini.checkpoint.text import Text
 from lethe_mini.errors import UserError
+from lethe_mini.generation.sampling import Sampling
 
 WORDS = ["the", "cache", " key", "naïve", "€", "日本", "👩‍🚀", "\ufffd"]
 TEMPLATE = (
@@ -621,6 +623,62 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="is no tokenizer") as caught:
         Text(tmp_path)
+    assert one_line(caught)
+
+
+# --- the sampling that generation_config.json asks for
+
+
+@pytest.mark.parametrize(
+    ("said", "sampling"),
+    [
+        ({}, {}),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 5}, {}),
+        ({"do_sample": False, "temperature": "hot"}, {}),
+        ({"do_sample": None, "top_k": 5}, {}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": None, "top_p": 1}, {"temperature": 1.0, "top_p": 1}),
+        ({"do_sample": True, "temperature": 0}, {"temperature": 0}),
+        ({"do_sample": True, "top_k": 0, "min_p": 0.1}, {"temperature": 1.0, "top_k": 0}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+        ),
+    ],
+)
+def test_sampling_is_what_generation_config_says(tmp_path, said, sampling):
+    """Where it says do_sample; what it leaves out is off, but for a temperature of 1."""
+    text = Text(write(tmp_path / "m", generation_config=said))
+    assert text.sampling == sampling
+    assert text.repetition_penalty == 1
+    assert Sampling(**text.sampling)
+    asked = {**said, "repetition_penalty": 1.05}
+    text = Text(write(tmp_path / "m", generation_config=asked))
+    assert text.sampling == sampling
+    assert text.repetition_penalty == (1.05 if sampling else 1)
+
+
+def test_without_the_file_nothing_is_sampled(tmp_path):
+    text = Text(write(tmp_path / "m"))
+    assert (text.sampling, text.repetition_penalty) == ({}, 1)
+
+
+@pytest.mark.parametrize("value", ["0.6", math.nan, -1, -0.5, math.inf, True, [1], {"a": "\n"}])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty"])
+def test_a_bad_value_is_one_line_with_the_file_and_the_key(tmp_path, name, value):
+    with pytest.raises(UserError, match=rf"generation_config\.json: {name} should be a") as caught:
+        Text(write(tmp_path / "m", generation_config={"do_sample": True, name: value}))
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_p", 0), ("top_p", 1.01), ("top_k", 2.5), ("repetition_penalty", 0), ("do_sample", 1),
+     ("do_sample", "true"), ("do_sample", [])],
+)  # fmt: skip
+def test_a_value_out_of_range_is_one_line_too(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} should be") as caught:
+        Text(write(tmp_path / "m", generation_config={"do_sample": True, name: value}))
     assert one_line(caught)
 
 

@@ -1,6 +1,7 @@
 """What the engine's tests share: a random model, prompts for it, a stand-in for its text."""
 
 import random
+from typing import ClassVar
 
 import tiny
 from hypothesis import settings
@@ -17,6 +18,8 @@ def model(positions=LONG):
 
 class Letters:
     """A stand-in for Text: token i is one letter, and the given ids end a text."""
+
+    sampling: ClassVar[dict] = {}
 
     def __init__(self, *eos_ids):
         self.eos_ids = frozenset(eos_ids)
