@@ -9,8 +9,8 @@ raises or loses text where byte-fallback tokens make no valid UTF-8.
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,12 +25,13 @@ from tokenizers import Tokenizer
 from ..errors import UserError
 from .config import read_json
 
+MOST = sys.float_info.max  # a whole number in JSON may be larger
 # What generation_config.json may say about sampling, in which range and in words.
 NUMBERS = {
-    "temperature": (lambda x: 0 <= x < math.inf, "a number, 0 (greedy) or above"),
+    "temperature": (lambda x: 0 <= x <= MOST, "a number, 0 (greedy) or above"),
     "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
     "top_k": (lambda x: x >= 0 and type(x) is int, "a whole number, 0 (off) or above"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "a number above 0"),
+    "repetition_penalty": (lambda x: 0 < x <= MOST, "a number above 0"),
 }
 MARK = "(the text goes on here) "  # its last space shows whether a template trims a message
 

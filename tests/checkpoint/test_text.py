@@ -663,7 +663,7 @@ def test_without_the_file_nothing_is_sampled(tmp_path):
     assert (text.sampling, text.repetition_penalty) == ({}, 1)
 
 
-@pytest.mark.parametrize("value", ["0.6", math.nan, -1, -0.5, math.inf, True, [1], {"a": "\n"}])
+@pytest.mark.parametrize("value", ["0.6", math.nan, -1, math.inf, True, [1], {"a": "\n"}])
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty"])
 def test_a_bad_value_is_one_line_with_the_file_and_the_key(tmp_path, name, value):
     with pytest.raises(UserError, match=rf"generation_config\.json: {name} should be a") as caught:
@@ -673,8 +673,8 @@ def test_a_bad_value_is_one_line_with_the_file_and_the_key(tmp_path, name, value
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_p", 0), ("top_p", 1.01), ("top_k", 2.5), ("repetition_penalty", 0), ("do_sample", 1),
-     ("do_sample", "true"), ("do_sample", [])],
+    [("top_p", 0), ("temperature", 10**400), ("top_p", 1.01), ("top_k", 2.5),
+     ("repetition_penalty", 0), ("do_sample", 1), ("do_sample", "true"), ("do_sample", [])],
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_line_too(tmp_path, name, value):
     with pytest.raises(UserError, match=f"{name} should be") as caught:
