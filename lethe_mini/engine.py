@@ -50,7 +50,7 @@ class Engine:
     @torch.inference_mode()
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[dict] | Sequence[int]],
         policy: Policy | None = None,
         max_new_tokens: int | Sequence[int] = 512,
         sampling: Sampling | None = None,
@@ -60,6 +60,7 @@ class Engine:
         ignore_eos: bool = False,
         system: str | None = None,
         raw: bool = False,
+        think: bool | None = None,
         positions: str = "absolute",
         prefill_chunk: int | None = None,
         cache: KVCache | None = None,
@@ -69,27 +70,26 @@ class Engine:
         trace=None,
         **draws,
     ) -> Result:
-        """Continues every prompt (text, or token ids) until it ends or has `max_new_tokens` more
-        (one number, or one per prompt).
+        """Continues prompts (text, messages or token ids) until they end, or by `max_new_tokens`.
 
-        policy: FullKV() by default. sampling: greedy by default; its fields may be given as they
-        are, `temperature=0.7`. num_samples: sequences per prompt, which share its prefill.
-        batch_size: sequences at once, all by default. positions: "absolute", or "compact", where
-        keys are turned to their slots, so that text may outgrow the model's positions. cache: what
-        `new_cache` gave and earlier calls filled; its sequence goes on with the only prompt.
-        on_token(sequence, token), on_finish(sequence, generated) and on_step(cache) are called as
-        it happens. trace: a new lens Trace, which then holds what every round dropped. Ctrl-C ends
-        the run and returns what there is.
-        Raises UserError for what cannot be done, before anything is computed.
+        policy: FullKV() by default. sampling: the model's own by default, or greedy; its fields may
+        be given as they are, `temperature=0.7`. num_samples: sequences per prompt, which share its
+        prefill. batch_size: sequences at once, all by default. think: what the chat template is
+        told. positions: "absolute", or "compact", where keys are turned to their slots, so that
+        text may outgrow the model's positions. cache: what `new_cache` gave and earlier calls
+        filled; its sequence goes on with the only prompt. on_token(sequence, token),
+        on_finish(sequence, generated) and on_step(cache) are called as it happens. trace: a new
+        lens Trace, which then holds what every round dropped. Ctrl-C ends the run and returns what
+        there is. Raises UserError for what cannot be done, before anything is computed.
         """
         policy = FullKV() if policy is None else policy
-        sampling = Sampling.of(sampling, draws)
+        sampling = Sampling.of(sampling, draws, self.text)
         request = read_request(
             self, policy, prompts, max_new_tokens, num_samples, batch_size, prefill_chunk,
-            positions, cache, system, raw,
+            positions, cache, system, raw, think,
         )  # fmt: skip
         roster = Roster(request, sampling.seed, self.text, ignore_eos, on_token, on_finish)
-        meter = Meter(self, policy, sampling.seed, request, trace)
+        meter = Meter(self, policy, sampling, request, trace)
         run = _Run(self, policy, sampling, request, roster, meter, on_step)
         # A resumed cache must not end half way through the layers, however often one presses.
         with held_back_interrupts(hurry=cache is None) as pressed:

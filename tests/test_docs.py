@@ -18,6 +18,7 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -57,8 +58,11 @@ class Words:
     """A text without a vocabulary: a word is a token, a token is its number."""
 
     eos_ids = frozenset()
+    sampling: ClassVar[dict] = {}
 
-    def encode_prompt(self, prompt, system=None, raw=False):
+    def encode_prompt(self, prompt, system=None, raw=False, think=None):
+        if not isinstance(prompt, str):
+            prompt = " ".join(message["content"] for message in prompt)
         return [zlib.crc32(word.encode()) % SIZES["vocab_size"] for word in prompt.split()]
 
     def decode(self, ids):

@@ -27,6 +27,54 @@ TEMPLATE = (
     "{% for m in messages %}" + START + "{{ m.role }}\n{{ m.content }}" + END + "\n{% endfor %}"
     "{% if add_generation_prompt %}" + START + "assistant\n{% endif %}"
 )
+# As Qwen3's does, this template writes a thought into the last reply, even an empty one, leaves out
+# those before the last question, and lets `enable_thinking` put an empty thought at the end.
+THINKING = r"""
+{%- if not messages %}
+    {{- raise_exception('there should be a message') }}
+{%- endif %}
+{%- if messages[0].role != 'system' %}
+    {{- '<|start|>system\nIt is the year ' + strftime_now('%Y') + '.<|end|>\n' }}
+{%- endif %}
+{%- if tools %}
+    {{- tools | tojson }}
+{%- endif %}
+{%- set seen = namespace(question=-1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = messages | length - 1 - loop.index0 %}
+    {%- set asks = message.role == 'user' and not message.content.startswith('<tool>') %}
+    {%- if asks and seen.question == -1 %}
+        {%- set seen.question = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set said, thought = message.content, '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in said %}
+            {%- set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1] %}
+            {%- set said = said.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|start|>assistant\n' }}
+        {%- if loop.index0 > seen.question and (loop.last or thought) %}
+            {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + said.lstrip('\n') }}
+        {%- else %}
+            {{- said }}
+        {%- endif %}
+        {{- '<|end|>\n' }}
+    {%- elif message.role in ('system', 'user') %}
+        {{- '<|start|>' + message.role + '\n' + message.content + '<|end|>\n' }}
+    {%- else %}
+        {{- raise_exception('no role is called ' + message.role | tojson) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
 SIZES = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 258,

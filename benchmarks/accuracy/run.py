@@ -64,7 +64,7 @@ from lethe_mini.policy import Pruner
 PERIOD, REPEATS, LOOP = 256, 4, 32
 FULL_MARK = 1 - 1e-9  # reasoning-gym's scores are sums of shares
 POLICIES = ["full", "lethe", "lethe-plus", "h2o", "streaming", "random"]  # unless told
-GENERATE = ("max_new_tokens", "temperature", "top_p", "seed", "positions")
+DRAWS = ("temperature", "top_p", "seed")
 
 # -- cells -----------------------------------------------------------------------------------------
 
@@ -234,6 +234,7 @@ class Bench:
             self.lines.put(self.text_key(cell, prompt, sample), result)
             bar.update()
 
+        draws = ((name, self.options[name]) for name in DRAWS)
         result = self.engine.generate(
             [self.ids[prompt] for prompt in left],
             cell.policy,
@@ -242,7 +243,9 @@ class Bench:
             on_token=on_token,
             on_finish=on_finish,
             on_step=on_step,
-            **{name: self.options[name] for name in GENERATE if self.options[name] is not None},
+            max_new_tokens=self.options["max_new_tokens"],
+            positions=self.options["positions"],
+            sampling=Sampling(**{name: value for name, value in draws if value is not None}),
         )
         stats, parts = result.stats, len(self.costs(cell))
         cost = {

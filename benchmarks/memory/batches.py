@@ -25,7 +25,7 @@ from benchmarks.common.hardware import hardware
 from benchmarks.common.policies import make_policy
 from benchmarks.common.results import write_json
 from benchmarks.common.words import word_ids
-from lethe_mini import Engine
+from lethe_mini import Engine, Sampling
 from lethe_mini.policies import POLICIES
 from lethe_mini.policy import Policy
 
@@ -51,6 +51,7 @@ def one_run(args: argparse.Namespace) -> dict:
         [word_ids(engine.text, first, seed) for seed in range(args.batch)],
         make(args.policy, args.budget),
         args.tokens - first + 1,  # the last token is drawn and never read
+        Sampling(),
         ignore_eos=True,
     ).stats
     return {

@@ -22,7 +22,7 @@ import torch
 from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware, resident_bytes
 from benchmarks.common.results import write_json
-from lethe_mini import Engine, LethePlus
+from lethe_mini import Engine, LethePlus, Sampling
 from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.generation.stats import allocated, kv_bytes
 from lethe_mini.kernels import blocks
@@ -96,8 +96,8 @@ class Watch:
 def grow(engine, policy, cache, tokens: int, watch: Watch) -> None:
     """Decodes until the cache has seen `tokens`."""
     new = tokens - cache.seen[0]
-    options = {"positions": "compact", "temperature": 1.0, "cache": cache}
-    engine.generate([[1]], policy, max_new_tokens=new, on_step=watch.on_step, **options)
+    options = {"positions": "compact", "cache": cache, "on_step": watch.on_step}
+    engine.generate([[1]], policy, new, Sampling(1.0), **options)
 
 
 def window(engine, policy, cache) -> list[float]:
@@ -105,9 +105,9 @@ def window(engine, policy, cache) -> list[float]:
     with torch.inference_mode():
         cache = copy.deepcopy(cache)
     stamps: list[float] = []
-    options = {"positions": "compact", "temperature": 1.0, "cache": cache}
+    options = {"positions": "compact", "cache": cache}
     options |= {"on_token": lambda *_: stamps.append(time.perf_counter())}
-    engine.generate([[1]], policy, max_new_tokens=WINDOW, **options)
+    engine.generate([[1]], policy, WINDOW, Sampling(1.0), **options)
     return [b - a for a, b in pairwise(stamps)]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.reading import CHUNK, read_on
-from lethe_mini import Engine
+from lethe_mini import Engine, Sampling
 from lethe_mini.cache import KVCache, Notes
 from lethe_mini.policy import Policy
 from lethe_mini.reasoner.problems import Problem, problem, solved
@@ -104,7 +104,7 @@ class Batch:
         in a full cache.
         """
         limits = [round(room * len(chain)) for chain in self.chains]
-        made = self.engine.generate(self.prompts, policy, limits)
+        made = self.engine.generate(self.prompts, policy, limits, Sampling())
         if any(one.finish_reason == "interrupted" for one in made.sequences):
             raise KeyboardInterrupt  # the engine has caught it and returned a part
         pairs = list(zip(made.sequences, self.problems, strict=True))

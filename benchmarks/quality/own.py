@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import problems as source
 from benchmarks.common.results import Lines
-from lethe_mini import Engine, UserError
+from lethe_mini import Engine, Sampling, UserError
 from lethe_mini.jsonlines import digest
 
 GYM_SEEDS = {"choose": 1000, "report": 0}  # added to the seed
@@ -66,6 +66,7 @@ def write(
             engine.generate(
                 [asked[text] for text in left],
                 max_new_tokens=most,
+                sampling=Sampling(),
                 batch_size=batch,
                 on_finish=on_finish,
             )

@@ -18,7 +18,7 @@ from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware
 from benchmarks.common.results import wilson
 from benchmarks.quality.chains import draw
-from lethe_mini import Engine
+from lethe_mini import Engine, Sampling
 from lethe_mini.jsonlines import Appender, read_lines
 from lethe_mini.reasoner.problems import BEYOND, FAMILIES, TRAINED, solved
 
@@ -36,7 +36,8 @@ def evaluate(engine: Engine, family: str, problems: list, batch: int, quiet: boo
         for first in range(0, len(ordered), batch):
             part = ordered[first : first + batch]
             limits = [len(engine.text.encode(one.chain)) + 50 for _, one in part]
-            result = engine.generate([one.prompt for _, one in part], max_new_tokens=limits)
+            prompts = [one.prompt for _, one in part]
+            result = engine.generate(prompts, max_new_tokens=limits, sampling=Sampling())
             if any(made.finish_reason == "interrupted" for made in result.sequences):
                 raise KeyboardInterrupt  # the engine has caught it and returned a part
             for (number, one), made in zip(part, result.sequences, strict=True):

@@ -45,7 +45,7 @@ from benchmarks.speed.ours import Machine, Ours
 from benchmarks.speed.peers import Transformers
 from benchmarks.speed.shapes import SHAPES, shape_scores
 from benchmarks.speed.system import OutOfMemoryError, on_cuda, reset_peak
-from lethe_mini import Engine
+from lethe_mini import Engine, Sampling
 from lethe_mini.cache import KVCache
 from lethe_mini.errors import writing
 from lethe_mini.generation.capture import Replayed
@@ -55,7 +55,7 @@ from lethe_mini.reasoner.problems import problem
 
 ARMS = ("full", "lethe", "lethe-plus")
 WARM = 3  # steps: one with new shapes, the capture, a replay
-SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 3, "positions": "compact"}
+SAMPLED = {"sampling": Sampling(0.8, 40, 0.95, 3), "positions": "compact"}
 OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfMemoryError)
 
 
@@ -341,11 +341,14 @@ def small(name: str):
     )
 
 
-def tokens(engine: Engine, problems: list[str], policy, batch_size=None, **options) -> list:
-    """Of every problem. Some end before others; the next joins where `batch_size` is less."""
+def tokens(
+    engine: Engine, problems: list[str], policy, batch_size=None, sampling=None, **options
+) -> list:
+    """Of every problem. Some end before others; the next joins where `batch_size` is less.
+    sampling: greedy by default."""
     limits = [24 + 17 * (index % 3) for index in range(len(problems))]
     more = {"ignore_eos": True, "batch_size": batch_size or len(problems), **options}
-    done = engine.generate(problems, policy, limits, **more)
+    done = engine.generate(problems, policy, limits, sampling or Sampling(), **more)
     return [one.token_ids for one in done.sequences]
 
 

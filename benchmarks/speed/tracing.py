@@ -14,7 +14,7 @@ import time
 from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware
 from benchmarks.common.policies import make_policy
-from lethe_mini import Engine
+from lethe_mini import Engine, Sampling
 from lethe_mini.lens.trace import Trace
 from lethe_mini.policies import POLICIES
 
@@ -46,7 +46,7 @@ def row(engine: Engine, name: str, batch: int, args: argparse.Namespace) -> str:
     policy = make_policy(name, budget=args.budget, interval=args.interval)
     trace, prompts = Timed(), [PROMPT] * batch
     stats = engine.generate(
-        prompts, policy, args.tokens, temperature=1.0, ignore_eos=True, trace=trace
+        prompts, policy, args.tokens, Sampling(1.0), ignore_eos=True, trace=trace
     ).stats
     cells = [name, batch, stats.rounds, f"{stats.decode_seconds:.1f}", f"{trace.seconds:.3f}"]
     cells.append(f"{trace.seconds / stats.decode_seconds:.2%}")

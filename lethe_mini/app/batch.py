@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..checkpoint.text import check_messages
 from ..engine import Engine
 from ..errors import UserError
 from ..generation.sampling import Sampling
@@ -26,15 +27,16 @@ MEND = "name another --output, or delete it"
 @dataclass(frozen=True)
 class Prompt:
     id: str | int
-    text: str
+    prompt: str | list[dict]  # a text, or messages
     max_new_tokens: int | None = None
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """One prompt a line; in a .jsonl file an object a line: prompt, maybe id, max_new_tokens.
+def read_prompts(path: Path, raw: bool = False, system: str | None = None) -> list[Prompt]:
+    """One prompt a line; in a .jsonl file an object a line: prompt or messages, maybe id,
+    max_new_tokens.
 
     Empty lines are passed over. Without an id a prompt goes by its line's number, from 1. Raises
-    UserError that names the line.
+    UserError that names the line, also for messages that do not go with `raw` or `system`.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a BOM
@@ -48,7 +50,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         where = f"{path}, line {number}"
         prompts.append(
-            _parse(line, number, where)
+            _parse(line, number, where, raw, system)
             if path.suffix in (".jsonl", ".ndjson")
             else Prompt(number, line)
         )
@@ -61,38 +63,55 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _parse(line: str, number: int, where: str) -> Prompt:
+def _parse(line: str, number: int, where: str, raw: bool, system: str | None) -> Prompt:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
-        raise UserError(f'{where}: should be an object with "prompt", a string')
-    if not data["prompt"].strip():
+    if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
+        raise UserError(f'{where}: should be an object with either "prompt" or "messages"')
+    prompt = data.get("prompt")
+    if "messages" in data:
+        prompt = _messages(data["messages"], where, raw, system)
+    elif not isinstance(prompt, str):
+        raise UserError(f"{where}: prompt should be a string, not {prompt!r:.80}")
+    elif not prompt.strip():
         raise UserError(f"{where}: the prompt is empty; give it some text")
     id, most = data.get("id", number), data.get("max_new_tokens")
     try:
-        f"{id}{data['prompt']}".encode()
+        json.dumps([id, prompt], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: not valid Unicode; save it as UTF-8") from None
     if type(id) not in (str, int):
         raise UserError(f"{where}: id should be a string or a whole number, not {id!r}")
     if most is not None and (type(most) is not int or most < 1):
         raise UserError(f"{where}: max_new_tokens should be a number from 1, not {most!r}")
-    return Prompt(id, data["prompt"], most)
+    return Prompt(id, prompt, most)
+
+
+def _messages(messages, where: str, raw: bool, system: str | None) -> list[dict]:
+    if not isinstance(messages, list):
+        raise UserError(f"{where}: messages should be a list, not {messages!r:.80}")
+    if raw:
+        raise UserError(f"{where}: --raw leaves out the chat template, which messages need")
+    try:
+        check_messages(messages, system)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return messages
 
 
 def read_done(path: Path, prompts: list[Prompt], num_samples: int, runs: dict) -> set[tuple]:
     """The (id, sample) pairs that an output file already has; `runs`: id -> the digest of what its
     lines are made with. Raises UserError if the file is not this run's; only then is a last line
     that a crash cut short taken off."""
-    known, done = {prompt.id: prompt.text for prompt in prompts}, set()
+    known, done = {prompt.id: digest(prompt.prompt) for prompt in prompts}, set()
 
     def accept(number: int, entry) -> None:
         key, prompt, made_by = (entry["id"], entry["sample"]), entry["prompt"], entry["run"]
         if type(key[0]) not in (str, int) or type(key[1]) is not int:
             raise TypeError
-        if known.get(key[0]) != prompt or not 0 <= key[1] < num_samples:
+        if known.get(key[0]) != digest(prompt) or not 0 <= key[1] < num_samples:
             raise UserError(f"{path} belongs to other prompts (line {number}); {MEND}")
         if made_by != runs[key[0]]:
             raise UserError(f"{path} was made with other settings (line {number}); {MEND}")
@@ -116,7 +135,7 @@ def run_batch(
     **options,
 ) -> Result | None:
     """Writes to `output` what it lacks; None if it is complete. Options: Engine.generate's."""
-    sampling = sampling or Sampling()
+    sampling = Sampling.of(sampling, {}, engine.text)
     limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in prompts}
     runs = _runs(engine, policy, sampling, limits, options)
     done = read_done(output, prompts, num_samples, runs)
@@ -142,7 +161,7 @@ def run_batch(
         prompt, number = left[index // num_samples], index % num_samples
         if (prompt.id, number) in done:
             return
-        entry = {"id": prompt.id, "sample": number, "prompt": prompt.text, **asdict(one)}
+        entry = {"id": prompt.id, "sample": number, "prompt": prompt.prompt, **asdict(one)}
         file.write(json.dumps({**entry, "run": runs[prompt.id]}, ensure_ascii=False))
         bar.update()
 
@@ -151,7 +170,7 @@ def run_batch(
         tqdm(total=missing, unit="seq", disable=quiet or None, miniters=0) as bar,
     ):
         return engine.generate(
-            [prompt.text for prompt in left],
+            [prompt.prompt for prompt in left],
             policy,
             [limits[prompt.id] for prompt in left],
             sampling,

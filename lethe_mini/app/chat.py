@@ -17,10 +17,20 @@ MARK = "\u241freply\u241f"  # stands for the last reply where the template is as
 
 
 class Conversation:
-    """Turns of one sequence over one cache. Options are those of `Engine.generate`."""
+    """Turns of one sequence over one cache. Options are those of `Engine.generate`. Raises
+    UserError where `think` cannot be told to the chat template."""
 
-    def __init__(self, engine: Engine, policy: Policy, system: str | None = None, **options):
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        system: str | None = None,
+        think: bool | None = None,
+        **options,
+    ):
+        engine.text.check_think(think)
         self.engine, self.policy, self.system, self.options = engine, policy, system, options
+        self.think = think
         self.positions = options.get("positions", "absolute")
         self.reset()
 
@@ -46,12 +56,12 @@ class Conversation:
         if not text.strip():
             raise UserError("say something, or /exit")
         if not self.turns:
-            return tokenizer.encode_prompt(text, self.system)
+            return tokenizer.encode_prompt(text, self.system, think=self.think)
         if not tokenizer.has_template:
             return self.unread + tokenizer.encode(text, add_special_tokens=False)
         # Only what the template writes after a reply is new: the end of that, and this turn.
         messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
-        rendered = tokenizer.chat([*messages, {"role": "user", "content": text}])
+        rendered = tokenizer.chat([*messages, {"role": "user", "content": text}], self.think)
         after = rendered.rpartition(MARK)[2]
         ids = tokenizer.encode(after, add_special_tokens=False)
         # A reply that ended by itself ends in the token that the template writes first.

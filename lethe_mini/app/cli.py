@@ -37,7 +37,7 @@ def run(argv: list[str] | None) -> int:
     _mend_streams()
     args, policy = parse(argv)
     prompts = gather_prompts(args)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    Sampling(**_draws(args))  # what it cannot be is refused before a model is loaded
     _check(args)
     own, told = None, ""
     if not prompts and not args.interactive and args.model in (None, "reasoner"):
@@ -48,6 +48,7 @@ def run(argv: list[str] | None) -> int:
         model = "demo" if own is None else "reasoner"
     with saying(f"loading {model}", args.quiet):
         engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
+    sampling, from_file = _sampling(args, engine)
     with _threads(args.threads, engine):
         if args.interactive:
             return _chat(args, engine, policy, sampling)
@@ -60,7 +61,7 @@ def run(argv: list[str] | None) -> int:
     if args.stats is not None:
         with writing(args.stats):
             args.stats.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    say(report(result, policy), args.quiet)
+    say(report(result, policy, from_file), args.quiet)
     if own is not None:
         say(verdict(own, [one.text for one in result.sequences]), args.quiet)
     interrupted = any(one.finish_reason == "interrupted" for one in result.sequences)
@@ -124,9 +125,27 @@ def _most(args: argparse.Namespace, engine: Engine, own: Problem | None) -> int:
     return MAX_NEW_TOKENS if own is None else len(engine.text.encode(own.chain)) + SPARE
 
 
+def _draws(args: argparse.Namespace) -> dict:
+    """The fields of Sampling that the options give."""
+    fields = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _sampling(args: argparse.Namespace, engine: Engine) -> tuple[Sampling, list[str]]:
+    """How tokens are chosen, and the fields of it that generation_config.json decides. Says what
+    else that file asks for in vain."""
+    given, text = _draws(args), engine.text
+    sampling = Sampling.of(None, given, text)
+    own = [name for name in text.sampling if name not in given] if sampling.temperature else []
+    if own and text.repetition_penalty != 1:
+        penalty = f"repetition_penalty {text.repetition_penalty}"
+        say(f"generation_config.json asks for {penalty}, which is not applied", args.quiet)
+    return sampling, own
+
+
 def _options(args: argparse.Namespace) -> dict:
     """Options that go to Engine.generate as they are, in a conversation too."""
-    names = ("ignore_eos", "system", "positions", "prefill_chunk")
+    names = ("ignore_eos", "system", "think", "positions", "prefill_chunk")
     return {name: getattr(args, name) for name in names}
 
 
@@ -163,7 +182,7 @@ def _write(
 
         screen = Screen(engine, prompts, args.num_samples, on_first)
         result = engine.generate(
-            [prompt.text for prompt in prompts],
+            [prompt.prompt for prompt in prompts],
             policy,
             [prompt.max_new_tokens or most for prompt in prompts],
             sampling,

@@ -61,10 +61,13 @@ def _add_model(group) -> None:
         "puzzle made from the seed; with a prompt, demo)")  # fmt: skip
     add("--revision", help="branch, tag or commit of a hub id")
     add("--prompt", action="append", help="a prompt; several are one batch")
-    add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt, id, ...")
+    add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt or "
+        "messages, id, ...")  # fmt: skip
     add("--interactive", action="store_true", help="a chat that keeps its cache; /exit ends it")
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", help="a system message before the prompt")
+    add("--think", action=argparse.BooleanOptionalAction, help="tell the chat template to let the "
+        "model think, or not (default: as the template has it)")  # fmt: skip
     add("--device", default="auto", help=f"auto, cpu, cuda, mps {DEFAULT}")
     add("--dtype", default="auto", help=f"auto, float32, bfloat16, float16 {DEFAULT}")
     add("--compile", action="store_true", help="torch.compile: slower to start, then faster")
@@ -80,11 +83,12 @@ def _add_sampling(group) -> None:
     add("--max-new-tokens", type=int, help=f"most tokens to write (default: {MAX_NEW_TOKENS}; for "
         "the reasoner's own puzzle, what its solution takes)")  # fmt: skip
     add("--ignore-eos", action="store_true", help="continue after the token that ends a text")
-    add("--temperature", type=float, default=default.temperature, help=f"0 is greedy {DEFAULT}")
-    add("--top-p", type=float, default=default.top_p, help="sample from the best tokens that add "
-        f"up to this share {DEFAULT}")  # fmt: skip
-    add("--top-k", type=int, default=default.top_k, help="sample from so many of the best tokens; "
-        f"0: all {DEFAULT}")  # fmt: skip
+    own = "default: the model's own, else"
+    add("--temperature", type=float, help=f"0 is greedy ({own} greedy)")
+    add("--top-p", type=float, help="sample from the best tokens that add up to this share "
+        f"({own} {default.top_p})")  # fmt: skip
+    add("--top-k", type=int, help="sample from so many of the best tokens; 0: all "
+        f"({own} {default.top_k})")  # fmt: skip
     add("--seed", type=int, default=default.seed, help=f"seed of the draws {DEFAULT}")
     add("--num-samples", type=int, default=1, help=f"texts per prompt {DEFAULT}")
     add("--batch-size", type=int, help="sequences at once (default: all)")
@@ -188,5 +192,5 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.prompt and args.prompt_file is not None:
         raise UserError("give --prompt or --prompt-file, not both")
     if args.prompt_file is not None:
-        return read_prompts(args.prompt_file)
+        return read_prompts(args.prompt_file, args.raw, args.system)
     return [Prompt(number, text) for number, text in enumerate(args.prompt or [], 1)]

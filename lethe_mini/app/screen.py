@@ -2,10 +2,12 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from ..engine import Engine
+from ..generation.sampling import Sampling
 from ..generation.stats import Result
 from ..options import show_budget
 from ..policy import Policy, Pruner
@@ -71,14 +73,17 @@ class Screen:
                 self.on_finish(index, result.sequences[index])
 
 
-def report(result: Result, policy: Policy) -> str:
-    """The short report of a run."""
+def report(result: Result, policy: Policy, from_file: Sequence[str] = ()) -> str:
+    """The short report of a run. from_file: fields of its sampling that the model's
+    generation_config.json decided."""
     stats, tokens = result.stats, sum(one.generated_tokens for one in result.sequences)
     lines = [
         f"{tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s "
         f"(prefill {stats.prefill_seconds:.2f} s, decode {stats.decode_seconds:.2f} s, "
         f"pruning {stats.prune_seconds:.2f} s)"
     ]
+    if stats.sampling["temperature"]:
+        lines.append(_sampled(stats.sampling, from_file))
     if stats.compile_seconds:
         lines.append(f"compiling took {stats.compile_seconds:.0f} s, not counted as decoding")
     lines.append(
@@ -92,6 +97,20 @@ def report(result: Result, policy: Policy) -> str:
             "stopped at the model's last position; --positions compact with a budget goes on"
         )
     return "\n".join(lines)
+
+
+def _sampled(sampling: dict, from_file: Sequence[str]) -> str:
+    """What draws the tokens, those things first that generation_config.json decided."""
+    off, words = asdict(Sampling()), {}
+    for name in ("temperature", "top_p", "top_k"):
+        if sampling[name] != off[name]:
+            words[name] = f"{name.replace('_', '-')} {sampling[name]:.12g}"
+    own = [text for name, text in words.items() if name in from_file]
+    parts = [text for name, text in words.items() if name not in from_file]
+    if own:
+        listed = " and ".join(filter(None, (", ".join(own[:-1]), own[-1])))
+        parts.insert(0, f"{listed} (generation_config.json)")
+    return f"sampled at {', '.join(parts)}, seed {sampling['seed']}"
 
 
 def _rounds(result: Result, policy: Policy) -> str:

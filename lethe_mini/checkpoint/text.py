@@ -1,27 +1,47 @@
-"""Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text.
+"""Text to tokens and back: `tokenizer.json`, the chat template, the ids that end a text; and the
+sampling that a model's makers advise.
 
-A chat template is a program from a checkpoint. It runs in Jinja's immutable sandbox, and any error
-in it becomes a `UserError`. Text streams in whole characters: an unfinished character waits, and
-the pieces add up to `decode` of all ids. `tokenizers.DecodeStream` promises the same, but it raises
-or loses text where byte-fallback tokens make no valid UTF-8.
+A prompt is a text, or messages that the chat template writes out; a last message of the assistant
+is continued. The template is a program from a checkpoint. It runs in Jinja's immutable sandbox, and
+any error in it becomes a `UserError`. Text streams in whole characters: an unfinished one waits,
+and the pieces add up to `decode` of all ids. `tokenizers.DecodeStream` promises the same, but it
+raises or loses text where byte-fallback tokens make no valid UTF-8.
 """
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from ..errors import UserError
 from .config import read_json
 
+MOST = sys.float_info.max  # a whole number in JSON may be larger
+# What generation_config.json may say about sampling, in which range and in words.
+NUMBERS = {
+    "temperature": (lambda x: 0 <= x <= MOST, "a number, 0 (greedy) or above"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "top_k": (lambda x: x >= 0 and type(x) is int, "a whole number, 0 (off) or above"),
+    "repetition_penalty": (lambda x: 0 < x <= MOST, "a number above 0"),
+}
+MARK = "(the text goes on here) "  # its last space shows whether a template trims a message
+
 
 class Text:
-    """The tokenizer, the chat template and the end-of-text ids of one model folder."""
+    """The tokenizer, the chat template, the end-of-text ids and the sampling of one model folder.
+
+    sampling: the fields of Sampling that generation_config.json decides, none where it is greedy.
+    repetition_penalty: what it asks for beside them and nobody applies; 1 is none.
+    """
 
     def __init__(self, folder: Path):
         folder = Path(folder)
@@ -50,6 +70,8 @@ class Text:
         self._template = _chat_template(folder, settings)
         self.has_template = self._template is not None
         self.eos_ids = self._find_eos(folder, config, generation)
+        self.sampling = _sampling(folder / "generation_config.json", generation)
+        self.repetition_penalty = self.sampling.pop("repetition_penalty", 1)
 
         added = self._tokenizer.get_added_tokens_decoder()
         self._skipped = frozenset(id for id, token in added.items() if token.special)
@@ -85,33 +107,77 @@ class Text:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat(self, messages: list[dict]) -> str:
-        """`messages`, each with role and content, as the model was trained to see them."""
+    def chat(self, messages: list[dict], think: bool | None = None) -> str:
+        """`messages`, each with role and content, as the model was trained to see them, up to where
+        its reply begins. A last message of the assistant is the beginning of that reply. think:
+        what the template is told about thinking; None: nothing."""
+        if not messages or messages[-1].get("role") != "assistant":
+            return self._render(messages, True, think)
+        *before, last = messages
+        text = last["content"]
+        thinks = text.rfind("<think>") > text.rfind("</think>")  # in a thought that is still open
+        if not thinks:  # as transformers does it (continue_final_message)
+            marked = self._render([*before, {**last, "content": text + MARK}], False, think)
+            head, mark, rest = marked.rpartition(MARK.rstrip())
+            if mark and text.strip() in marked:
+                return head if rest.startswith(" ") else head.rstrip()
+        # The template would write an empty thought before the open one, or another text than this.
+        # So the text follows the head of a reply, which may open a thought, or an empty one.
+        head = self._render(before, True, think)
+        if "<think>" in text:
+            head = re.sub(r"<think>\s*(</think>\s*)?\Z", "", head)
+        return head + text
+
+    def _render(self, messages: list[dict], reply: bool, think: bool | None) -> str:
+        """What the template makes of the messages; reply: with the head of a reply at the end."""
         if self._template is None:
             raise UserError("this model has no chat template; use --raw, without a system text")
-        try:
+        self.check_think(think)
+        context = {"add_generation_prompt": reply, "tools": None, "documents": None}
+        if think is not None:
+            context["enable_thinking"] = think
+        with _template_errors():
             template = _environment().from_string(self._template)
-            context = {"add_generation_prompt": True, "tools": None, "documents": None}
             return template.render(messages=messages, **context, **self._specials)
-        except Exception as error:  # a template can raise anything that Python can
-            raise UserError(
-                f"the chat template failed ({type(error).__name__}: {_line(error)}); use --raw"
-            ) from None
 
-    def encode_prompt(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-        """The ids of a prompt, through the chat template unless `raw` or the model has none."""
+    def check_think(self, think: bool | None) -> None:
+        """Raises UserError where the chat template cannot be told whether to think."""
+        if think is None:
+            return
+        if type(think) is not bool:
+            raise UserError(f"think should be True, False or None, not {think!r:.80}")
+        with _template_errors():
+            names = find_undeclared_variables(_environment().parse(self._template or ""))
+        if "enable_thinking" not in names:
+            raise UserError("this model has no switch for thinking; leave out --think, --no-think")
+
+    def encode_prompt(
+        self,
+        prompt: str | list[dict],
+        system: str | None = None,
+        raw: bool = False,
+        think: bool | None = None,
+    ) -> list[int]:
+        """The ids of a prompt: of messages, or of a text. A text goes through the chat template
+        unless `raw` or the model has none. Raises UserError for what cannot be."""
+        is_text = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if is_text else [*prompt]
+        check_messages(messages, system)
         if raw or not self.has_template:
-            if system is not None:
-                why = "--raw leaves it out" if raw else "this model has none"
-                raise UserError(
-                    f"a system text needs a chat template, and {why}; drop the system text"
-                )
+            why = "--raw leaves it out" if raw else "this model has none"
+            for given, what, mend in (
+                (not is_text, "messages need", "give a text instead"),
+                (system is not None, "a system text needs", "drop the system text"),
+                (think is not None, "--think and --no-think need", "leave them out"),
+            ):
+                if given:
+                    raise UserError(f"{what} a chat template, and {why}; {mend}")
             ids = self.encode(prompt)
         else:
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": prompt})
+            if system is not None:
+                messages = [{"role": "system", "content": system}, *messages]
             # The template writes the special tokens itself; a second BOS would harm.
-            ids = self.encode(self.chat(messages), add_special_tokens=False)
+            ids = self.encode(self.chat(messages, think), add_special_tokens=False)
         if not ids:
             raise UserError("the prompt is empty; give it some text")
         return ids
@@ -172,6 +238,22 @@ class Stream:
         return decoded[:-1] if decoded.endswith("\ufffd") else decoded
 
 
+def check_messages(messages: list, system: str | None = None) -> None:
+    """Raises UserError for what are no messages, or where a system text would be their second."""
+    if not messages:
+        raise UserError("the list of messages is empty; give it a message")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise UserError(f"a message should have role and content, not be {message!r:.80}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise UserError(f"a message has no {key}; give it role and content, two strings")
+            if not isinstance(message[key], str):
+                raise UserError(f"a message's {key} should be a string, not {message[key]!r:.80}")
+    if system is not None and any(message["role"] == "system" for message in messages):
+        raise UserError("the messages have a system text already; give one of the two")
+
+
 def _chat_template(folder: Path, settings: dict) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
@@ -204,6 +286,34 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _sampling(path: Path, generation: dict) -> dict:
+    """What generation_config.json says about sampling; nothing where it does not ask for it.
+    null is as good as absent. Raises UserError for a value that makes no sense."""
+    wanted = generation.get("do_sample")
+    if wanted is not None and type(wanted) is not bool:
+        raise UserError(f"{path}: do_sample should be true or false, not {wanted!r:.80}")
+    if not wanted:
+        return {}
+    said = {name: generation.get(name) for name in NUMBERS if generation.get(name) is not None}
+    for name, value in said.items():
+        fits, words = NUMBERS[name]
+        if type(value) not in (int, float) or not fits(value):
+            raise UserError(f"{path}: {name} should be {words}, not {value!r:.80}")
+    return {"temperature": 1.0, **said}
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Around a template's run: it can raise anything that Python can, which becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the chat template failed ({type(error).__name__}: {_line(error)}); "
+            "a text can go without it (--raw)"
+        ) from None
 
 
 def _line(error: Exception) -> str:

@@ -36,6 +36,7 @@ def read_request(
     cache,
     system,
     raw,
+    think,
 ) -> Request:
     """What `Engine.generate` is asked for. Raises UserError for what cannot be done."""
     if isinstance(policy, type) or not hasattr(policy, "notes"):
@@ -46,7 +47,7 @@ def read_request(
     limits = _limits(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
     sequences = len(limits) * num_samples
     _check_cache(cache, policy, positions, sequences)
-    encoded = _encode(engine, prompts, policy, system, raw, cache)
+    encoded = _encode(engine, prompts, policy, system, raw, think, cache)
     together = batch_size or sequences
     return Request(encoded, limits, num_samples, together, prefill_chunk, positions, cache)
 
@@ -93,17 +94,24 @@ def _check_cache(cache: KVCache | None, policy, positions: str, sequences: int) 
 
 
 def _encode(
-    engine, prompts, policy, system: str | None, raw: bool, cache: KVCache | None
+    engine,
+    prompts,
+    policy,
+    system: str | None,
+    raw: bool,
+    think: bool | None,
+    cache: KVCache | None,
 ) -> list[list[int]]:
     """Every prompt's token ids. Raises UserError for one that the model or the policy cannot take;
     cache: what has been read before it, if anything."""
     seen = 0 if cache is None else cache.next_angle(0)
     encoded, config = [], engine.model.config
     for prompt in prompts:
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) or _are_messages(prompt):
             if engine.text is None:
                 raise UserError("this engine has no tokenizer; give token ids")
-            prompt = engine.text.encode_prompt(prompt, system, raw) if prompt.strip() else []
+            blank = isinstance(prompt, str) and not prompt.strip()
+            prompt = [] if blank else engine.text.encode_prompt(prompt, system, raw, think)
         ids = _token_ids(prompt)
         if not ids:
             raise UserError("the prompt is empty; give it some text")
@@ -118,22 +126,23 @@ def _encode(
     return encoded
 
 
+def _are_messages(prompt) -> bool:
+    """Is it a list that holds a message?"""
+    return isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt)
+
+
 def _token_ids(prompt) -> list[int]:
-    """A prompt that is no text. Raises UserError for what is no list of whole numbers."""
+    """A prompt of token ids. Raises UserError for what is no list of whole numbers."""
     if isinstance(prompt, dict):
-        raise UserError("a prompt should be a text, not a message; give its content, and system=")
+        raise UserError("a prompt should be a list of messages, not one of them; give [messages]")
     try:
         ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
     except TypeError:
         raise UserError(
-            f"a prompt should be a text or a list of token ids, not {prompt!r}; "
+            f"a prompt should be a text, messages or a list of token ids, not {prompt!r}; "
             "prompts are a list, also for a single one"
         ) from None
     for id in ids:
-        if isinstance(id, dict):
-            raise UserError(
-                "a prompt should be a text, not a list of messages; give the content, and system="
-            )
         if not isinstance(id, Integral) or isinstance(id, bool):
             raise UserError(f"a prompt's token ids should be whole numbers, not {id!r}")
     return ids

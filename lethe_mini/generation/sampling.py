@@ -33,10 +33,12 @@ class Sampling:
             raise UserError(f"top-k should be 0 (off) or above, not {self.top_k}")
 
     @classmethod
-    def of(cls, sampling: "Sampling | None", fields: dict) -> "Sampling":
-        """The one that is given, or one made of these fields; UserError for both."""
+    def of(cls, sampling: "Sampling | None", fields: dict, text=None) -> "Sampling":
+        """The one that is given, or one made of these fields; UserError for both. Fields that are
+        not given are the model's own, by its text (checkpoint/text.py; None: it has none)."""
         if sampling is None:
-            return cls(**fields)
+            own = {} if text is None else text.sampling
+            return cls(**{**own, **fields})
         if fields:
             raise UserError(f"give sampling=Sampling(...) or {', '.join(fields)}, not both")
         if not isinstance(sampling, cls):

@@ -11,6 +11,7 @@ import torch
 
 from ..cache import KVCache
 from .requests import Request
+from .sampling import Sampling
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Stats:
     device: str
     dtype: str
     seed: int
+    sampling: dict  # the Sampling in use
     positions: str
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -102,10 +104,13 @@ class Result:
 class Meter:
     """Counts a run while it goes on."""
 
-    def __init__(self, engine, policy, seed: int, request: Request, trace=None):
+    def __init__(self, engine, policy, sampling: Sampling, request: Request, trace=None):
         facts = {"name": policy.name or type(policy).__name__, **asdict(policy)}
         dtype = str(engine.dtype).removeprefix("torch.")
-        self.stats = Stats(engine.name, facts, str(engine.device), dtype, seed, request.positions)
+        self.stats = Stats(
+            engine.name, facts, str(engine.device), dtype, sampling.seed, asdict(sampling),
+            request.positions,
+        )  # fmt: skip
         sequences = len(request.prompts) * request.num_samples
         self.stats.kv_tokens_final = [[] for _ in range(sequences)]
         self.device, self.trace = engine.device, trace

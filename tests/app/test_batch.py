@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -186,6 +187,8 @@ def test_equal_prompts_give_equal_results(engine):
 class Bytes:
     """A stand-in for Text in which some tokens end a text."""
 
+    sampling: ClassVar[dict] = {}
+
     def __init__(self, *eos_ids):
         self.eos_ids = frozenset(eos_ids)
 
@@ -313,22 +316,26 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
         Prompt(5, '{"prompt": 1}'),
     ]
     file.write_bytes("naïve\r\nçava\r\n".encode())
-    assert [prompt.text for prompt in read_prompts(file)] == ["naïve", "çava"]
+    assert [prompt.prompt for prompt in read_prompts(file)] == ["naïve", "çava"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
 def test_a_json_lines_file_has_an_object_a_line(tmp_path, suffix):
-    """prompt, and maybe id and max_new_tokens; other keys are nobody's business here."""
+    """prompt or messages, and maybe id and max_new_tokens; other keys are nobody's business here,
+    but those of a message are kept."""
+    turns = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "", "mood": None}]
     lines = [
         '{"prompt": "a\\nb"}\n',
         "\n",
         '{"prompt": "é", "id": "x", "max_new_tokens": 3, "more": null}\n',
-        '{"prompt": "c", "id": 70}',
+        '{"prompt": "c", "id": 70}\n',
+        json.dumps({"messages": turns, "max_new_tokens": 2}),
     ]
     assert read_prompts(written(tmp_path / f"p{suffix}", lines)) == [
         Prompt(1, "a\nb"),
         Prompt("x", "é", 3),
         Prompt(70, "c"),
+        Prompt(5, turns, 2),
     ]
 
 
@@ -349,6 +356,18 @@ BAD = {
     "limit-bool": '{"prompt": "a", "max_new_tokens": true}',
     "deep": "[" * 100_000,
     "surrogate-prompt": '{"prompt": "\\ud800"}',
+    "surrogate-message": '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "both": '{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}',
+    "messages-null": '{"messages": null}',
+    "messages-text": '{"messages": "a"}',
+    "messages-object": '{"messages": {"role": "user", "content": "a"}}',
+    "messages-empty": '{"messages": []}',
+    "message-text": '{"messages": ["a"]}',
+    "no-role": '{"messages": [{"content": "a"}]}',
+    "no-content": '{"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}',
+    "role-number": '{"messages": [{"role": 1, "content": "a"}]}',
+    "content-null": '{"messages": [{"role": "user", "content": null}]}',
+    "content-list": '{"messages": [{"role": "user", "content": [{"text": "a"}]}]}',
     "surrogate-id": '{"prompt": "a", "id": "\\ud800"}',
 }
 
@@ -385,6 +404,19 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path, content, match):
         file.write_bytes(content)
     with pytest.raises(UserError, match=match):
         read_prompts(file)
+
+
+SYSTEM_TOO = '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}'
+
+
+@pytest.mark.parametrize("option", [("--raw",), ("--system", "Be brief.")])
+def test_messages_that_the_options_do_not_go_with_are_named(tmp_path, capsys, option):
+    """--raw leaves out what would write them, and a second system text is one too many."""
+    file = written(tmp_path / "p.jsonl", ['{"prompt": "a"}\n', SYSTEM_TOO])
+    assert main(["--model", str(tmp_path / "none"), "--prompt-file", str(file), *option]) == 2
+    error = capsys.readouterr().err
+    assert "line 2" in error
+    assert len(error.splitlines()) == 1
 
 
 # -- output files ----------------------------------------------------------------------------------
@@ -446,7 +478,7 @@ def test_each_line_says_all_of_its_sequence(named, whole, tmp_path):
     )
     for prompt, one in zip(PROMPTS, alone.sequences, strict=True):
         entry = entries[prompt.id]
-        assert (entry["prompt"], entry["sample"]) == (prompt.text, 0)
+        assert (entry["prompt"], entry["sample"]) == (prompt.prompt, 0)
         assert dataclasses.asdict(one).items() <= entry.items()
     assert {entry["finish_reason"] for entry in entries.values()} == {"stop", "length"}
     assert len({len(line) for line in whole}) > 1
@@ -543,6 +575,7 @@ OTHERS = {
     "seed": {"seed": 5},
     "template": {"raw": False},
     "system": {"raw": False, "system": "Be brief."},
+    "think": {"raw": False, "think": False},
     "positions": {"positions": "compact"},
     "eos": {"ignore_eos": True},
     "policy": {"policy": FullKV()},
@@ -550,7 +583,7 @@ OTHERS = {
     "other-text": {"prompts": [Prompt("p0", "Why not?", None), *PROMPTS[1:]]},
     "other-ids": {"prompts": [Prompt(i, text) for i, text in enumerate(TEXTS)]},
     "fewer": {"prompts": PROMPTS[:4]},
-    "other-limit": {"prompts": [Prompt(p.id, p.text, 99) for p in PROMPTS]},
+    "other-limit": {"prompts": [Prompt(p.id, p.prompt, 99) for p in PROMPTS]},
 }
 
 
@@ -621,6 +654,74 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(named,
     with pytest.raises(UserError, match="budget"):
         batch(named, output, policy=Lethe(budget=60))
     assert not output.exists() or not output.read_bytes()
+
+
+SAID = [{"role": "user", "content": "Why né?\u2028"}, {"role": "assistant", "content": "Because "}]
+SPOKEN = [
+    Prompt("text", "Why?"),
+    Prompt("said", SAID),
+    Prompt("more", [{"role": "user", "content": "x", "note": [1.5, None]}], 7),
+]
+
+
+def test_messages_are_written_as_they_are_and_completed(named, tmp_path):
+    """Under the key `prompt`; a second run finds them again, and refuses others."""
+    output, options = tmp_path / "out.jsonl", {"raw": False}
+    result = batch(named, output, SPOKEN, **options)
+    entries = {entry["id"]: entry for entry in map(json.loads, lines_of(output))}
+    assert [entries[prompt.id]["prompt"] for prompt in SPOKEN] == [p.prompt for p in SPOKEN]
+    assert [entries[p.id]["token_ids"] for p in SPOKEN] == [s.token_ids for s in result.sequences]
+    assert batch(named, output, SPOKEN, **options) is None
+    whole = lines_of(output)
+    output.write_bytes(whole[0] + b"\n" + whole[1][:40])
+    batch(named, output, SPOKEN, **options)
+    assert sorted(lines_of(output)) == sorted(whole)
+    for other in ([*SAID[:1]], [*SAID, SAID[0]], [SAID[0], SAID[1] | {"note": 1}], "Why né?"):
+        with pytest.raises(UserError, match="other prompts"):
+            batch(named, output, [SPOKEN[0], Prompt("said", other), SPOKEN[2]], **options)
+    with pytest.raises(UserError, match="other settings"):
+        batch(named, output, SPOKEN, **options, system="Be brief.")
+
+
+def test_the_command_shows_and_records_what_messages_led_to(folder, tmp_path, capsys):
+    """A file of texts and messages: on the screen, with statistics, a trace and a lens."""
+    lines = [json.dumps({"prompt": "Why?"}) + "\n", json.dumps({"messages": SAID, "id": "said"})]
+    file = written(tmp_path / "p.jsonl", lines)
+    paths = [tmp_path / name for name in ("stats.json", "trace.json", "lens.html")]
+    argv = ["--model", folder, "--prompt-file", file, "--max-new-tokens", 9, "--ignore-eos"]
+    argv += ["--stats", paths[0], "--trace", paths[1], "--lens", paths[2], "--device", "cpu"]
+    assert main([str(word) for word in argv]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("--- 1 ---\n")
+    assert "--- said ---\n" in shown
+    assert len(json.loads(paths[0].read_text())["sequences"]) == 2
+    trace = json.loads(paths[1].read_text(encoding="utf-8"))
+    assert "".join(trace["sequences"][1]["pieces"]).startswith(
+        f"{tiny.START}user\nWhy né?\u2028{tiny.END}\n{tiny.START}assistant\nBecause "
+    )
+    assert paths[2].stat().st_size > 1000
+
+
+def test_the_command_tells_the_template_whether_to_think(tmp_path, capsys):
+    """--no-think puts the empty thought before the reply; a model without a switch refuses it."""
+    model = tiny.folder(tmp_path / "thinks", template=tiny.THINKING)
+    trace = tmp_path / "trace.json"
+    argv = ["--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--trace", trace]
+    asked = {}
+    for option in ("--think", "--no-think", "--quiet"):
+        assert main([str(word) for word in [*argv, option]]) == 0
+        sequence = json.loads(trace.read_text(encoding="utf-8"))["sequences"][0]
+        asked[option] = "".join(sequence["pieces"][: sequence["prompt_tokens"]])
+    assert asked["--think"] == asked["--quiet"]
+    assert asked["--no-think"] == asked["--think"] + "<think>\n\n</think>\n\n"
+    capsys.readouterr()
+    plain = tiny.folder(tmp_path / "plain")
+    for model, more in ((plain, []), (tmp_path / "thinks", ["--raw"]), (plain, ["--interactive"])):
+        prompt = [] if "--interactive" in more else ["--prompt", "a"]
+        assert main(["--model", str(model), *prompt, "--no-think", *more]) == 2
+        error = capsys.readouterr().err
+        assert "think" in error
+        assert len(error.splitlines()) == 1
 
 
 # -- the command, killed and stopped ---------------------------------------------------------------

@@ -358,6 +358,23 @@ def test_a_chat_takes_its_prompts_from_the_terminal(monkeypatch, capsys, folder,
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("think", [True, False, None])
+def test_every_turn_is_told_whether_to_think(tmp_path, think):
+    """What is read is what the template writes for the whole conversation."""
+    model = Engine.from_pretrained(str(tiny.folder(tmp_path, template=tiny.THINKING)), "cpu")
+    noting = reading(model)
+    chat = Conversation(noting, FullKV(), "Be brief.", think, max_new_tokens=6, ignore_eos=True)
+    for text in SAY[:3]:
+        chat.say(text)
+    read = model.text.pieces(noting.model.tokens)
+    heads = "".join(read).split(f"{tiny.START}assistant\n")[1:]
+    empty = "<think>\n\n</think>\n\n"
+    assert [head.startswith(empty) for head in heads] == [think is False] * 3
+    with pytest.raises(UserError, match="no switch for thinking"):
+        Conversation(Engine.from_pretrained(str(tiny.folder(tmp_path / "b")), "cpu"), FullKV(),
+                     think=True)  # fmt: skip
+
+
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 

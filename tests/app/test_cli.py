@@ -50,7 +50,7 @@ STATS = {
     *("model", "policy", "device", "dtype", "seed", "prefill_seconds", "decode_seconds"),
     *("decode_tokens_per_second", "prune_seconds", "kv_bytes_peak", "kv_bytes_final"),
     *("kv_bytes_full", "kv_reduction", "kv_tokens_mean", "kv_tokens_final", "rounds"),
-    *("evicted_tokens", "sequences"),
+    *("evicted_tokens", "sequences", "sampling"),
 }
 SEQUENCE = {"prompt_tokens", "generated_tokens", "text", "token_ids", "finish_reason"}
 ENDLESS = ["--raw", "--prompt", "abc", "--max-new-tokens", "900000"]
@@ -282,7 +282,9 @@ def test_help_tells_every_option_and_its_default(capsys, monkeypatch):
     assert {"temperature", "top_k", "top_p", "seed", "max_new_tokens", "device", "dtype"} <= shown
     switches = {"raw", "ignore_eos", "compile"}  # off unless they are there
     for name in shown - switches - {"model"}:
-        assert re.search(rf"\(default: {defaults[name].default}[;)]", lines[name])
+        own = "the model's own, else " if name in ("temperature", "top_k", "top_p") else ""
+        default = "greedy" if name == "temperature" else defaults[name].default
+        assert re.search(rf"\(default: {own}{default}[;)]", lines[name])
     assert {"model", "prompt", "prompt_file", "raw", "system", "stats", "quiet", "lethe", "policy",
             "lethe_plus", "threads"} <= set(lines)  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What the command says beside the text: the puzzle, the report, and what takes long."""
 
+import io
 import json
 import re
 import time
@@ -8,8 +9,9 @@ import pytest
 import tiny
 import torch
 
-from lethe_mini import FullKV, Lethe, LethePlus, StreamingLLM
+from lethe_mini import Engine, FullKV, Lethe, LethePlus, StreamingLLM
 from lethe_mini.app import cli, screen
+from lethe_mini.app.batch import Prompt, run_batch
 from lethe_mini.app.parser import PROMPT
 from lethe_mini.app.puzzle import FAMILY, STEPS, puzzle, verdict
 from lethe_mini.app.screen import report, saying
@@ -126,6 +128,110 @@ def test_where_the_report_says_the_first_round_comes_it_comes(engine):
     assert "round" in report_of(engine, policy, first - 5)
     assert "nothing was pruned" in report_of(engine, policy, first - 5)
     assert "evicted" in report_of(engine, policy, first - 5 + wait + 1)
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+OWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.05}
+PENALTY = "generation_config.json asks for repetition_penalty 1.05, which is not applied"
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A checkpoint whose makers advise a sampling."""
+    folder = tiny.folder(tmp_path_factory.mktemp("sampled") / "tiny", eos=())
+    (folder / "generation_config.json").write_text(json.dumps(OWN))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "temperature 0.6 and top-p 0.95 (generation_config.json), seed 0"),
+        (
+            ["--top-k", "5"],
+            "temperature 0.6 and top-p 0.95 (generation_config.json), top-k 5, seed 0",
+        ),
+        (
+            ["--temperature", "1", "--seed", "7"],
+            "top-p 0.95 (generation_config.json), temperature 1, seed 7",
+        ),
+        (["--top-p", "1"], "temperature 0.6 (generation_config.json), seed 0"),
+        (["--temperature", "0.7", "--top-p", "0.9"], "temperature 0.7, top-p 0.9, seed 0"),
+        (["--temperature", "0"], None),
+    ],
+)
+def test_the_report_says_what_tokens_were_drawn_with(capsys, sampled, tmp_path, options, told):
+    """And what of it the checkpoint decided. The penalty that it asks for in vain is told once,
+    where anything of the file is used."""
+    path = tmp_path / "stats.json"
+    words = ["--model", str(sampled), "--prompt", "a", "--max-new-tokens", "3", *options]
+    assert cli.main([*words, "--stats", str(path)]) == 0
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("sampled at ")]
+    assert lines == ([] if told is None else [f"sampled at {told}"])
+    assert err.count(PENALTY) == (told is not None and "json" in told)
+    used = json.loads(path.read_text())["sampling"]
+    assert used.keys() == {"temperature", "top_k", "top_p", "seed"}
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        assert used[name[2:].replace("-", "_")] == float(value)
+    assert cli.main([*words, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_three_things_of_the_file_are_listed(engine):
+    result = engine.generate([[1]], max_new_tokens=2, temperature=0.6, top_p=0.9, top_k=20)
+    told = report(result, FullKV(), ["temperature", "top_p", "top_k"]).splitlines()[1]
+    file = "temperature 0.6, top-p 0.9 and top-k 20 (generation_config.json)"
+    assert told == f"sampled at {file}, seed 0"
+
+
+def test_a_greedy_model_says_nothing_of_sampling(capsys, folder):
+    assert cli.main(["--model", str(folder), "--prompt", "a", "--max-new-tokens", "3"]) == 0
+    assert "sampled" not in capsys.readouterr().err
+
+
+def test_a_chat_uses_the_models_sampling(capsys, monkeypatch, sampled):
+    """And says once what is not applied."""
+    used, generate = [], Engine.generate
+
+    def watched(self, *args, **options):
+        result = generate(self, *args, **options)
+        used.append(result.stats.sampling)
+        return result
+
+    monkeypatch.setattr(Engine, "generate", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n/exit\n"))
+    words = ["--model", str(sampled), "--interactive", "--max-new-tokens", "3", "--top-k", "4"]
+    assert cli.main(words) == 0
+    assert used == [{"temperature": 0.6, "top_k": 4, "top_p": 0.95, "seed": 0}] * 2
+    assert capsys.readouterr().err.count(PENALTY) == 1
+
+
+def test_an_output_file_belongs_to_the_sampling_that_was_used(capsys, sampled, tmp_path):
+    """The model's own, or the same said by options; with another it is refused."""
+    file = tmp_path / "out.jsonl"
+    words = ["--model", str(sampled), "--prompt", "a", "--max-new-tokens", "3"]
+    words += ["--output", str(file)]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--temperature", "0.6", "--top-p", "0.95"]) == 0
+    assert "is complete" in capsys.readouterr().err
+    engine = Engine.from_pretrained(str(sampled), "cpu")
+    assert run_batch(engine, [Prompt(1, "a")], FullKV(), tmp_path / "other.jsonl", 3, quiet=True)
+    run = [json.loads(path.read_text())["token_ids"] for path in (file, tmp_path / "other.jsonl")]
+    assert run[0] == run[1]
+    assert cli.main([*words, "--temperature", "0"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_bad_generation_config_is_one_line(capsys, tmp_path):
+    folder = tiny.folder(tmp_path / "bad")
+    for content in ("[]", '{"do_sample": true, "temperature": NaN}', "{"):
+        (folder / "generation_config.json").write_text(content)
+        assert cli.main(["--model", str(folder), "--prompt", "a"]) == 2
+        out, err = capsys.readouterr()
+        assert "generation_config.json" in err
+        assert (out, err.count("\n")) == ("", 1)
 
 
 # -- what goes on ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """benchmarks.speed.decode on a tiny model: its figures mean what they say. Nothing is timed."""
 
+import ast
 import json
 import os
 import subprocess
@@ -329,3 +330,16 @@ def test_a_policy_that_cannot_be_is_refused_in_a_line(policy, capsys):
         decode.parse(["--policies", policy])
     assert stop.value.code == 2
     assert policy in capsys.readouterr().err
+
+
+def test_no_benchmark_depends_on_a_checkpoints_own_sampling():
+    """Every `generate` says how tokens are chosen; no generation_config.json changes a figure."""
+    found = 0
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "attr", "") != "generate":
+                continue
+            named = any(keyword.arg == "sampling" for keyword in node.keywords)
+            assert named or len(node.args) > 3, f"{path}, line {node.lineno}"
+            found += 1
+    assert found > 5

@@ -1,16 +1,20 @@
 """Text: whole characters from any ids, chat templates that cannot reach out, the ends of a text."""
 
 import json
+import math
 import re
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from lethe_mini.checkpoint.text import Text
 from lethe_mini.errors import UserError
+from lethe_mini.generation.sampling import Sampling
 
 WORDS = ["the", "cache", " key", "naïve", "€", "日本", "👩‍🚀", "\ufffd"]
 TEMPLATE = (
@@ -351,6 +355,221 @@ def test_a_prompt_without_a_single_token_is_refused(chatty):
         chatty("").encode_prompt("hi")
 
 
+# --- messages
+
+
+# Templates as they are on the hub: one that writes an end token, one that trims, one with a space
+# before the end token, one whose head opens a thought and that drops thoughts (R1), one as Qwen3's.
+TEMPLATES = {
+    "plain": TEMPLATE,
+    "trims": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+    "spaced": "{% for m in messages %}<{{ m.role }}> {{ m.content.strip() }} {{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}",
+    "drops": "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}",
+    "thinks": tiny.THINKING,
+}
+USER = {"role": "user", "content": "Why is 7 prime?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def reply(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+TALKS = {
+    "question": [USER],
+    "system": [SYSTEM, USER],
+    "turns": [USER, reply("<think>\nhm\n</think>\n\nBecause."), {**USER, "content": "né €? "}],
+    "tool": [USER, reply("a", reasoning_content="b"), {**USER, "content": "<tool>4</tool>"}],
+    "continued": [USER, reply("Seven is")],
+    "continued-space": [SYSTEM, USER, reply("  Seven has ")],
+    "continued-line": [USER, reply("Seven\n\n")],
+    "continued-empty": [USER, reply("")],
+    "continued-twice": [USER, reply("Seven is"), USER, reply("Seven is")],
+    "continued-thought": [USER, reply("<think>\nhm\n</think>\n\nSeven")],
+    "continued-reasoning": [USER, reply("Seven", reasoning_content="hm")],
+    "assistant-first": [reply("Hello."), USER],
+    "assistant-only": [reply("Once upon")],
+}
+
+
+def by_transformers(template, messages, **options):
+    """The same prompt, as transformers renders it."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=with_specials(byte_level()),
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
+    )
+    if messages[-1]["role"] == "assistant":
+        options["continue_final_message"] = True
+    else:
+        options["add_generation_prompt"] = True
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+@pytest.mark.parametrize("messages", TALKS.values(), ids=TALKS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_messages_are_rendered_as_transformers_renders_them(chatty, name, messages):
+    """The last one too, where it is the assistant's and is continued."""
+    text = chatty(TEMPLATES[name])
+    if name == "drops" and messages is TALKS["continued-thought"]:
+        with pytest.raises(ValueError, match="final message does not appear"):
+            by_transformers(TEMPLATES[name], messages)
+        return
+    expected = by_transformers(TEMPLATES[name], messages)
+    assert text.chat(messages) == expected
+    assert text.encode_prompt(messages) == text.encode(expected, add_special_tokens=False)
+    if messages[-1]["role"] == "assistant":
+        assert expected.rstrip().endswith(messages[-1]["content"].strip())
+
+
+@given(content=st.text(st.sampled_from("a€ \n<>/\u2028"), max_size=9))
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_any_text_is_continued_as_transformers_continues_it(continuing, name, content):
+    messages = [USER, reply(content)]
+    assert continuing[name].chat(messages) == by_transformers(TEMPLATES[name], messages)
+
+
+@pytest.fixture(scope="module")
+def continuing(tmp_path_factory):
+    root, names = tmp_path_factory.mktemp("templates"), {"bos_token": "<s>", "eos_token": "</s>"}
+    return {
+        name: Text(write(root / name, tokenizer_config={"chat_template": template, **names}))
+        for name, template in TEMPLATES.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>",
+        "<think>\nLet me see",
+        "<think>Let me ",
+        "\n<think>\nA line.\n\n",
+        "I <think> so",
+        "<think>a</think>Seven",  # a thought that both templates would change
+        "<think>a</think>b<think>c",
+    ],
+)
+@pytest.mark.parametrize("name", ["drops", "thinks"])
+def test_an_open_thought_is_continued_as_it_stands(chatty, name, content):
+    """Without an empty thought before it, and without a second opening of the same thought."""
+    text = chatty(TEMPLATES[name])
+    head = text.chat([USER]).removesuffix("<think>\n")
+    assert text.chat([USER, reply(content)]) == head + content
+
+
+def test_the_end_of_a_thought_follows_the_head_that_opens_it(chatty):
+    """The template would drop the thought, and a head that opens one stays as it is."""
+    text, content = chatty(TEMPLATES["drops"]), "It is odd.\n</think>\nSeven"
+    assert text.chat([USER, reply(content)]) == text.chat([USER]) + content
+
+
+def test_a_template_that_leaves_out_the_last_message_does_not_lose_it(chatty):
+    text = chatty("{{ messages[0].content }}{% if add_generation_prompt %} -> {% endif %}")
+    assert text.chat([USER, reply("Seven")]) == "Why is 7 prime? -> Seven"
+
+
+def test_messages_are_left_as_they_are(chatty):
+    """They may be a tuple, and hold what only the template reads."""
+    text = chatty("{% for m in messages %}{{ m.mood | tojson }}{{ m.content }}{% endfor %}")
+    messages = ({**SYSTEM, "mood": ["é"]}, {**USER, "mood": 1}, reply("So", mood=""))
+    before = json.dumps(messages)
+    assert text.decode(text.encode_prompt(messages)) == '["é"]Be brief.1Why is 7 prime?""So'
+    assert json.dumps(messages) == before
+
+
+def test_a_system_text_goes_before_messages_that_have_none(chatty):
+    text = chatty(TEMPLATE)
+    assert text.encode_prompt([USER], "Be brief.") == text.encode_prompt([SYSTEM, USER])
+    with pytest.raises(UserError, match="have a system text already"):
+        text.encode_prompt([SYSTEM, USER], "Be brief.")
+    with pytest.raises(UserError, match="have a system text already"):
+        text.encode_prompt([USER, SYSTEM], "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "match"),
+    [
+        ([], "the list of messages is empty"),
+        ([{"content": "a"}], "has no role"),
+        ([USER, {"role": "user"}], "has no content"),
+        ([{"role": 1, "content": "a"}], "role should be a string, not 1"),
+        ([{"role": "user", "content": None}], "content should be a string, not None"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"content should .* not \[{'type'"),
+        ([USER, "a"], "should have role and content, not be 'a'"),
+        ([{"role": "tool", "content": "a"}], 'no role is called "tool"'),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+        ([reply("<think>")], "there should be a message"),
+    ],
+)
+def test_what_are_no_messages_is_one_line(chatty, messages, match):
+    with pytest.raises(UserError, match=match) as caught:
+        chatty(tiny.THINKING).encode_prompt(messages)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_messages_without_a_template_are_refused(chatty, raw):
+    text = chatty(TEMPLATE if raw else None)
+    with pytest.raises(UserError, match="messages need a chat template") as caught:
+        text.encode_prompt([USER], raw=raw)
+    assert one_line(caught)
+
+
+# --- thinking
+
+
+@pytest.mark.parametrize("messages", TALKS.values(), ids=TALKS)
+@pytest.mark.parametrize("think", [True, False, None])
+def test_thinking_is_switched_as_transformers_switches_it(chatty, messages, think):
+    """On, off, and left to the template, which can tell that from both."""
+    template = tiny.THINKING + "{{ enable_thinking is defined }}"
+    options = {} if think is None else {"enable_thinking": think}
+    text, expected = chatty(template), by_transformers(template, messages, **options)
+    assert text.chat(messages, think) == expected
+    ids = text.encode(expected, add_special_tokens=False)
+    assert text.encode_prompt(messages, think=think) == ids
+
+
+def test_without_thinking_the_prompt_holds_an_empty_thought(chatty):
+    text, empty = chatty(tiny.THINKING), "<think>\n\n</think>\n\n"
+    assert text.chat([USER], False) == text.chat([USER], True) + empty
+    assert text.chat([USER], True) == text.chat([USER])
+    begun = [USER, reply("<think>Seven")]
+    assert text.chat(begun, False) == text.chat(begun, True)  # the thought that is there counts
+
+
+@pytest.mark.parametrize(
+    ("template", "think", "raw", "match"),
+    [
+        (TEMPLATE, True, False, "this model has no switch for thinking"),
+        (TEMPLATE, False, False, "this model has no switch for thinking"),
+        ("{% set enable_thinking = true %}{{ enable_thinking }}", False, False, "no switch for"),
+        ("{# enable_thinking #}", True, False, "no switch for thinking"),
+        (tiny.THINKING, True, True, "--think and --no-think need a chat template, and --raw"),
+        (
+            None,
+            False,
+            False,
+            "--think and --no-think need a chat template, and this model has none",
+        ),
+        (tiny.THINKING, "yes", False, "think should be True, False or None, not 'yes'"),
+        (tiny.THINKING, 1, False, "think should be True, False or None, not 1"),
+        ("{% if %}", True, False, "chat template failed"),
+    ],
+)
+def test_a_model_that_cannot_be_told_about_thinking_is_one_line(
+    chatty, template, think, raw, match
+):
+    with pytest.raises(UserError, match=match) as caught:
+        chatty(template).encode_prompt("hi", raw=raw, think=think)
+    assert one_line(caught)
+
+
 # --- the ids that end a text
 
 
@@ -404,6 +623,62 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="is no tokenizer") as caught:
         Text(tmp_path)
+    assert one_line(caught)
+
+
+# --- the sampling that generation_config.json asks for
+
+
+@pytest.mark.parametrize(
+    ("said", "sampling"),
+    [
+        ({}, {}),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 5}, {}),
+        ({"do_sample": False, "temperature": "hot"}, {}),
+        ({"do_sample": None, "top_k": 5}, {}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": None, "top_p": 1}, {"temperature": 1.0, "top_p": 1}),
+        ({"do_sample": True, "temperature": 0}, {"temperature": 0}),
+        ({"do_sample": True, "top_k": 0, "min_p": 0.1}, {"temperature": 1.0, "top_k": 0}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+        ),
+    ],
+)
+def test_sampling_is_what_generation_config_says(tmp_path, said, sampling):
+    """Where it says do_sample; what it leaves out is off, but for a temperature of 1."""
+    text = Text(write(tmp_path / "m", generation_config=said))
+    assert text.sampling == sampling
+    assert text.repetition_penalty == 1
+    assert Sampling(**text.sampling)
+    asked = {**said, "repetition_penalty": 1.05}
+    text = Text(write(tmp_path / "m", generation_config=asked))
+    assert text.sampling == sampling
+    assert text.repetition_penalty == (1.05 if sampling else 1)
+
+
+def test_without_the_file_nothing_is_sampled(tmp_path):
+    text = Text(write(tmp_path / "m"))
+    assert (text.sampling, text.repetition_penalty) == ({}, 1)
+
+
+@pytest.mark.parametrize("value", ["0.6", math.nan, -1, math.inf, True, [1], {"a": "\n"}])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty"])
+def test_a_bad_value_is_one_line_with_the_file_and_the_key(tmp_path, name, value):
+    with pytest.raises(UserError, match=rf"generation_config\.json: {name} should be a") as caught:
+        Text(write(tmp_path / "m", generation_config={"do_sample": True, name: value}))
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_p", 0), ("temperature", 10**400), ("top_p", 1.01), ("top_k", 2.5),
+     ("repetition_penalty", 0), ("do_sample", 1), ("do_sample", "true"), ("do_sample", [])],
+)  # fmt: skip
+def test_a_value_out_of_range_is_one_line_too(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} should be") as caught:
+        Text(write(tmp_path / "m", generation_config={"do_sample": True, name: value}))
     assert one_line(caught)
 
 

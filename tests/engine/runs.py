@@ -1,6 +1,7 @@
 """What the engine's tests share: a random model, prompts for it, a stand-in for its text."""
 
 import random
+from typing import ClassVar
 
 import tiny
 from hypothesis import settings
@@ -18,10 +19,12 @@ def model(positions=LONG):
 class Letters:
     """A stand-in for Text: token i is one letter, and the given ids end a text."""
 
+    sampling: ClassVar[dict] = {}
+
     def __init__(self, *eos_ids):
         self.eos_ids = frozenset(eos_ids)
 
-    def encode_prompt(self, prompt, system=None, raw=False):
+    def encode_prompt(self, prompt, system=None, raw=False, think=None):
         return [ord(letter) % VOCAB for letter in prompt]
 
     def decode(self, ids):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import runs
+import tiny
 import torch
 from runs import VOCAB, Letters, ids
 
@@ -15,6 +16,7 @@ from lethe_mini.policies import POLICIES
 
 NAN, INF = math.nan, math.inf
 MESSAGE = {"role": "user", "content": "hello"}
+SYSTEM = {"role": "system", "content": "a"}
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +44,16 @@ GENERATE = [
     ({"prompts": 7}, "prompts should be a list of texts, not 7"),
     ({"prompts": MESSAGE}, "prompts should be a list of texts, not {'role'"),
     ({"prompts": (text for text in ["hello"])}, "prompts should be a list of texts, not <gen"),
-    ({"prompts": [1, 2, 3]}, "a prompt should be a text or a list of token ids, not 1; .* list"),
-    ({"prompts": [None]}, "a prompt should be a text or a list of token ids, not None"),
-    ({"prompts": [MESSAGE]}, "a prompt should be a text, not a message; give its content"),
-    ({"prompts": [[MESSAGE]]}, "a prompt should be a text, not a list of messages; give the c"),
+    ({"prompts": [1, 2, 3]}, "a prompt should be a text, messages or .* ids, not 1; .* list"),
+    ({"prompts": [None]}, "a prompt should be a text, messages or a list of token ids, not None"),
+    ({"prompts": [MESSAGE]}, r"should be a list of messages, not one of them; give \[messages\]"),
+    ({"prompts": [[1], MESSAGE]}, r"not one of them; give \[messages\]"),
     ({"prompts": [["hello"]]}, "token ids should be whole numbers, not 'hello'"),
     ({"prompts": [[1, 2.0]]}, "token ids should be whole numbers, not 2.0"),
     ({"prompts": [[True]]}, "token ids should be whole numbers, not True"),
     ({"prompts": [[1, None]]}, "token ids should be whole numbers, not None"),
     ({"prompts": [[[1, 2]]]}, r"token ids should be whole numbers, not \[1, 2\]"),
-    ({"prompts": torch.tensor([1, 2, 3])}, "a prompt should be a text or a list of token ids"),
+    ({"prompts": torch.tensor([1, 2, 3])}, "a prompt should be a text, messages or a list of to"),
     ({"prompts": [[1, VOCAB]]}, f"from 0 to {VOCAB - 1}"),
     ({"prompts": [[-1]]}, f"from 0 to {VOCAB - 1}"),
     ({"prompts": [[1] * 42]}, "42 tokens and the model takes 41"),
@@ -86,6 +88,62 @@ def test_what_cannot_be_generated_is_refused_before_anything_is_computed(argumen
     engine.model.register_forward_hook(lambda *_: pytest.fail("it computed"))
     with refused(match):
         engine.generate(**{"prompts": [[1, 2]], **arguments})
+
+
+MESSAGES = [
+    ({"prompts": [[MESSAGE, 5]]}, "a message should have role and content, not be 5"),
+    ({"prompts": [[5, MESSAGE]]}, "a message should have role and content, not be 5"),
+    ({"prompts": [[MESSAGE, {"role": "user"}]]}, "a message has no content"),
+    ({"prompts": ["a", [{"content": "a"}]]}, "a message has no role"),
+    ({"prompts": [[MESSAGE | {"content": ["a"]}]]}, r"content should be a string, not \['a'\]"),
+    ({"prompts": [[MESSAGE | {"content": "a\n" * 99, "role": 3}]]}, "role should be a string"),
+    ({"prompts": [[MESSAGE]], "raw": True}, "messages need a chat template, and --raw leaves"),
+    ({"prompts": [[SYSTEM, MESSAGE]], "system": "b"}, "have a system text already"),
+    ({"prompts": ["a"], "think": "no"}, "think should be True, False or None, not 'no'"),
+    ({"prompts": ["a"], "think": True, "raw": True}, "need a chat template, and --raw leaves it"),
+]
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """An engine with a tokenizer of bytes and a chat template."""
+    folder = tiny.folder(tmp_path_factory.mktemp("model") / "tiny", template=tiny.THINKING)
+    return Engine.from_pretrained(str(folder), "cpu")
+
+
+@pytest.mark.parametrize(("arguments", "match"), MESSAGES)
+def test_what_are_no_messages_is_refused_before_anything_is_computed(chatty, arguments, match):
+    """One line, and the model was never asked."""
+    hook = chatty.model.register_forward_hook(lambda *_: pytest.fail("it computed"))
+    with refused(match):
+        chatty.generate(**arguments)
+    hook.remove()
+
+
+def test_messages_texts_and_token_ids_are_prompts_side_by_side(chatty):
+    """Messages are what the template makes of them; a last one of the assistant is continued."""
+    begun = [SYSTEM, MESSAGE, {"role": "assistant", "content": "<think>\nIt"}]
+    prompts = [[MESSAGE], "hello", [1, 2, 3], (SYSTEM, MESSAGE), begun]
+    result = chatty.generate(prompts, H2O(budget=40, protect_prompt=False, interval=5), 17)
+    written = [chatty.text.encode_prompt(one) for one in (*prompts[:2], *prompts[3:])]
+    assert written[0] == written[1]
+    assert chatty.text.decode(written[3]).endswith("assistant\n<think>\nIt")
+    alone = chatty.generate(
+        [*written[:2], prompts[2], *written[2:]],
+        H2O(budget=40, protect_prompt=False, interval=5),
+        17,
+    )
+    assert result.sequences == alone.sequences
+    with_system = chatty.generate([[MESSAGE]], max_new_tokens=5, system="a")
+    assert with_system.sequences == chatty.generate([prompts[3]], max_new_tokens=5).sequences
+
+
+def test_thinking_is_told_to_the_template(chatty):
+    """The run is that of the prompt which the template writes then."""
+    for think in (True, False, None):
+        result = chatty.generate(["hello", [MESSAGE]], max_new_tokens=7, think=think)
+        ids = chatty.text.encode_prompt("hello", think=think)
+        assert result.sequences == chatty.generate([ids, ids], max_new_tokens=7).sequences
 
 
 IDS = [[1, 2], [3, 4]]
@@ -130,6 +188,8 @@ def test_text_needs_a_tokenizer(engine):
     """An engine without one takes token ids, and gives no text."""
     with refused("no tokenizer"):
         engine.generate(["hello"])
+    with refused("no tokenizer"):
+        engine.generate([[MESSAGE]])
     assert engine.generate([ids(3)], max_new_tokens=5).sequences[0].text == ""
 
 

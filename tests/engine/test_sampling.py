@@ -8,7 +8,7 @@ import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ids, tokens_of
+from runs import Letters, ids, tokens_of
 
 from lethe_mini import Engine, Sampling, UserError
 from lethe_mini.generation.sampling import pick, sample
@@ -222,6 +222,29 @@ def test_sampling_is_greedy_where_nothing_is_said(engine):
     assert (
         tokens_of(texts[0]) == tokens_of(texts[1]) == tokens_of(engine.generate([ids(7)], None, 23))
     )
+
+
+OWN = {"temperature": 0.9, "top_p": 0.8, "top_k": 11}
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, Sampling(0.9, 11, 0.8)),
+        ({"temperature": 1.3}, Sampling(1.3, 11, 0.8)),
+        ({"top_k": 0, "seed": 4}, Sampling(0.9, 0, 0.8, 4)),
+        ({"temperature": 0}, Sampling(0, 11, 0.8)),
+        ({"sampling": Sampling()}, Sampling()),
+        ({"sampling": Sampling(0.5)}, Sampling(0.5)),
+    ],
+)
+def test_a_models_own_sampling_is_what_nobody_says_otherwise(engine, given, used):
+    """Fields override it one by one, a Sampling whole; the statistics tell what was used."""
+    own = Engine(engine.model, Letters())
+    own.text.sampling = OWN
+    result = own.generate([ids(7)], max_new_tokens=23, **given)
+    assert result.stats.sampling == dataclasses.asdict(used)
+    assert tokens_of(result) == tokens_of(engine.generate([ids(7)], None, 23, used))
 
 
 def test_sampling_is_said_once(engine):

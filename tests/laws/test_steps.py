@@ -51,7 +51,7 @@ def test_a_text_that_ends_early_ends_in_a_replay(monkeypatch, model, replayed):
     """The host tests for the end of the text with the tokens that it takes."""
     prompts = [some_tokens(n, seed=n) for n in (3, 11)]
     whole = generate(model, prompts, FullKV())[0]
-    text = SimpleNamespace(eos_ids=frozenset({whole[0][20]}), decode=lambda ids: "")
+    text = SimpleNamespace(eos_ids=frozenset({whole[0][20]}), decode=lambda ids: "", sampling={})
     ended = generate(model, prompts, FullKV(), text=text)[2].sequences
     for one, tokens in zip(ended, whole, strict=True):
         last = min(i for i, t in enumerate([*tokens, whole[0][20]]) if t == whole[0][20])

@@ -129,7 +129,7 @@ def test_a_sequence_never_depends_on_its_neighbours(exact_model, policy, lengths
         assert held.items() <= rounds.items()
 
     ends = together[0][0][9]  # a token that the first sequence surely writes, now its end
-    text = SimpleNamespace(eos_ids=frozenset({ends}), decode=lambda ids: "")
+    text = SimpleNamespace(eos_ids=frozenset({ends}), decode=lambda ids: "", sampling={})
     stopped = generate(model, prompts, policy, text=text, **sampling)
     for sequence, whole in zip(stopped[2].sequences, together[0], strict=True):
         cut = whole.index(ends) + 1 if ends in whole else len(whole)
