@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.text import check_messages
+from ..checkpoint.template import check_messages
 from ..engine import Engine
 from ..errors import UserError
 from ..generation.sampling import Sampling

@@ -28,7 +28,7 @@ class Conversation:
         think: bool | None = None,
         **options,
     ):
-        engine.text.check_think(think)
+        engine.text.template.check_think(think)
         self.engine, self.policy, self.system, self.options = engine, policy, system, options
         self.think = think
         self.positions = options.get("positions", "absolute")
