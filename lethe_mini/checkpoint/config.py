@@ -229,10 +229,13 @@ def _rope(read: _Reader, head_dim: int, positions: int) -> tuple[tuple[float, ..
     kind = rope.get("rope_type", "default")
     strange = not isinstance(kind, str) or kind not in ROPE_TYPES
     read.refuse(strange, f"RoPE type {kind!r} is not supported; only {', '.join(ROPE_TYPES)}")
-    scaling = {key: read.number(key, float, source=rope) for key in ROPE_TYPES[kind]}
+    key = "original_max_position_embeddings"
+    if kind in ("llama3", "yarn"):  # here transformers hears the top level first
+        said = {f"{key} at the top level": data.get(key), f"{key} of RoPE": rope.get(key)}
+        rope = {**rope, key: first_of(read.where, said)}
+    scaling = {name: read.number(name, float, source=rope) for name in ROPE_TYPES[kind]}
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     read.refuse(high <= low, "high_freq_factor should be above low_freq_factor")
-    key = "original_max_position_embeddings"
     if kind == "yarn":
         read.refuse(theta <= 1, f"rope_theta should be above 1 for yarn, not {theta}")
         scaling[key] = read.number(key, float, default=positions, source=rope)
@@ -242,8 +245,6 @@ def _rope(read: _Reader, head_dim: int, positions: int) -> tuple[tuple[float, ..
         scaling |= {key: read.number(key, float, source=rope) for key in given}
         uneven = scaling["beta_fast"] <= scaling["beta_slow"]
         read.refuse(uneven, "beta_fast should be above beta_slow")
-    if key in scaling:  # transformers reads none beside the dictionary, whatever it says
-        first_of(read.where, {f"{key} of RoPE": scaling[key], f"{key} beside it": data.get(key)})
     return inverse_frequencies(kind, theta, head_dim, scaling), rope_factor(kind, scaling)
 
 

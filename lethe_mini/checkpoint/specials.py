@@ -7,12 +7,13 @@ where two disagree, follows transformers 5; docs/CHECKPOINTS.md lists it.
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from ..errors import UserError, warn
 from .config import first_of, read_json
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+# In this order transformers adds them, then those with other names.
+NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 LISTS = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -80,23 +81,15 @@ def add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict, vocab_size: i
             tokenizer.add_tokens([token])
 
 
-def set_around(tokenizer: Tokenizer, folder: Path, settings: dict) -> None:
-    """What goes before and after a text that no template wrote. Where tokenizer_config.json has
-    `add_bos_token` or `add_eos_token` it alone decides, else tokenizer.json does."""
-    parts, tokens, names = ["$A"], [], named_tokens(settings)
-    for key, place in (("add_bos_token", 0), ("add_eos_token", 2)):
-        if not isinstance(flag := settings.get(key), bool | None):
-            raise UserError(f"{folder}: {key} should be true or false, not {flag!r:.80}")
-        text = names.get(key.removeprefix("add_"), "")
-        if flag and (id := tokenizer.token_to_id(text)) is not None:
-            parts.insert(place, key)
-            tokens.append({"id": key, "ids": [id], "tokens": [text]})
-    if not {"add_bos_token", "add_eos_token"} & settings.keys():
-        return
-    before = tokenizer.encode("").ids
-    tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=tokens)
-    ids = {"tokenizer_config.json": tokenizer.encode("").ids, "tokenizer.json": before}
-    first_of(f"{folder}: around a text add_bos_token and add_eos_token decide", ids)
+def check_around(tokenizer: Tokenizer, folder: Path, settings: dict) -> None:
+    """What goes before and after a text that no template wrote is up to tokenizer.json alone. Warns
+    where `add_bos_token` or `add_eos_token` of tokenizer_config.json would have it otherwise."""
+    around, names = tokenizer.encode("").ids, named_tokens(settings)
+    for name in ("bos_token", "eos_token"):
+        id, flag = tokenizer.token_to_id(names.get(name, "")), settings.get(f"add_{name}")
+        if id is not None and isinstance(flag, bool):
+            said = {f"the post-processor of tokenizer.json with {name}": id in around}
+            first_of(str(folder), {**said, f"add_{name} of tokenizer_config.json": flag})
 
 
 def find_ends(tokenizer: Tokenizer, folder: Path, settings: dict) -> frozenset[int]:
@@ -150,7 +143,8 @@ def _named(settings: dict) -> dict:
     """Whatever has a name that ends in `_token`, and those that `extra_special_tokens` names."""
     extra = settings.get("extra_special_tokens")
     own = {key: value for key, value in settings.items() if key.endswith("_token")}
-    return own | (extra if isinstance(extra, dict) else {})
+    first = {f"{name}_token": settings.get(f"{name}_token") for name in NAMES}
+    return first | own | (extra if isinstance(extra, dict) else {})
 
 
 def _listed(settings: dict) -> list:

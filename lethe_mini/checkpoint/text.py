@@ -15,7 +15,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import UserError
-from .specials import add_tokens, find_ends, named_tokens, read_optional, read_settings, set_around
+from .specials import (
+    add_tokens,
+    check_around,
+    find_ends,
+    named_tokens,
+    read_optional,
+    read_settings,
+)
 from .template import ChatTemplate, check_messages, find_template, one_line
 
 MOST = sys.float_info.max  # a whole number in JSON may be larger
@@ -51,7 +58,7 @@ class Text:
         settings = read_settings(folder)
         size = read_optional(folder, "config.json").get("vocab_size")
         add_tokens(self._tokenizer, folder, settings, size if type(size) is int else None)
-        set_around(self._tokenizer, folder, settings)
+        check_around(self._tokenizer, folder, settings)
         specials = named_tokens(settings)
         self.template = ChatTemplate(find_template(folder, settings), specials)
         self.has_template = self.template.source is not None
