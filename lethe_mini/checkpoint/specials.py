@@ -84,11 +84,14 @@ def add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict, vocab_size: i
 def check_around(tokenizer: Tokenizer, folder: Path, settings: dict) -> None:
     """What goes before and after a text that no template wrote is up to tokenizer.json alone. Warns
     where `add_bos_token` or `add_eos_token` of tokenizer_config.json would have it otherwise."""
-    around, names = tokenizer.encode("").ids, named_tokens(settings)
-    for name in ("bos_token", "eos_token"):
-        id, flag = tokenizer.token_to_id(names.get(name, "")), settings.get(f"add_{name}")
-        if id is not None and isinstance(flag, bool):
-            said = {f"the post-processor of tokenizer.json with {name}": id in around}
+    plain, whole = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+    starts = range(len(whole) - len(plain) + 1)
+    at = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    around = {"bos_token": whole[:at], "eos_token": whole[at + len(plain) :]}
+    for name, ids in around.items():
+        text, flag = named_tokens(settings).get(name, ""), settings.get(f"add_{name}")
+        if isinstance(flag, bool) and (id := tokenizer.token_to_id(text)) is not None:
+            said = {f"the post-processor of tokenizer.json with {name}": id in ids}
             first_of(str(folder), {**said, f"add_{name} of tokenizer_config.json": flag})
 
 
@@ -128,9 +131,10 @@ def find_ends(tokenizer: Tokenizer, folder: Path, settings: dict) -> frozenset[i
 
 
 def _content(value) -> str | None:
-    """The text of a token, which a file holds as such or as an object."""
+    """The text of a token, which a file holds as such or as an object. None: it is no text, or
+    half a character, which JSON can spell."""
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) and text.encode(errors="ignore").decode() == text else None
 
 
 def _added(value: str | dict, special: bool) -> AddedToken:

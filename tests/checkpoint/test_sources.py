@@ -14,6 +14,8 @@ import pytest
 import tiny
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -201,6 +203,7 @@ def test_an_adapter_beside_the_model_is_not_applied_and_that_is_said(tmp_path, n
 
 # --- special tokens
 
+words = st.sampled_from(["<x>", "<y>", tiny.START, tiny.END, "a", "", "\ud800", "é\n"])
 START, END = "<|im_start|>", "<|im_end|>"
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>"
@@ -358,6 +361,55 @@ def test_a_token_without_an_embedding_is_left_out(tmp_path, files):
     assert len(text.encode("<pad>")) == 5
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    max_leaves=4,
+)
+contents = words | st.builds(
+    lambda text, flag: {"content": text, "lstrip": flag}, words, json_values
+)
+settings = st.fixed_dictionaries(
+    {},
+    optional={
+        "bos_token": contents | json_values,
+        "eos_token": contents | json_values,
+        "added_tokens_decoder": json_values
+        | st.dictionaries(st.sampled_from(["258", "259", "9", "x"]), contents, max_size=2),
+        "extra_special_tokens": st.lists(contents) | st.dictionaries(words, contents) | json_values,
+        "additional_special_tokens": st.lists(contents) | json_values,
+        "add_bos_token": json_values,
+    },
+)
+
+
+@pytest.mark.filterwarnings("ignore::lethe_mini.errors.CheckpointWarning")
+@given(
+    settings,
+    settings,
+    st.dictionaries(words, st.integers(250, 262) | json_values, max_size=2),
+    st.none() | st.integers(0, 300) | st.lists(st.integers()) | json_values,
+)
+def test_any_json_gives_a_text_or_one_line(tmp_path_factory, own, other, added, ends):
+    folder = tmp_path_factory.mktemp("any")
+    tiny.byte_tokenizer().save(str(folder / "tokenizer.json"))
+    edit(folder, "tokenizer_config.json", **own)
+    edit(folder, "special_tokens_map.json", **other)
+    edit(folder, "added_tokens.json", **added)
+    edit(folder, "config.json", eos_token_id=ends, vocab_size=260)
+    edit(folder, "generation_config.json", eos_token_id=257)
+    refusal = text = None
+    try:
+        text = Text(folder)
+    except UserError as error:
+        refusal = str(error)
+    if text is None:
+        assert len(refusal.splitlines()) == 1
+        return
+    assert 257 in text.eos_ids
+    assert all(id < 260 for id in text.encode("a<x><y>b"))
+
+
 # --- what goes around a text
 
 BEGIN = {"bos_token": tiny.START, "eos_token": tiny.END}
@@ -371,9 +423,8 @@ def test_begin_and_end_of_a_text_are_as_in_transformers(tmp_path, own, bos, eos)
     tokenizer = tiny.byte_tokenizer()
     if own is not None:
         id = tokenizer.token_to_id(own)
-        tokenizer.post_processor = TemplateProcessing(
-            single=[own, "$A"], pair=[own, "$A", "$B"], special_tokens=[(own, id)]
-        )
+        single = [own, "$A"] if own == tiny.START else ["$A", own]
+        tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[(own, id)])
     tokenizer.save(str(folder / "tokenizer.json"))
     edit(folder, "tokenizer_config.json", **BEGIN, add_bos_token=bos, add_eos_token=eos)
     theirs = transformers.AutoTokenizer.from_pretrained(folder).encode("ab")
@@ -381,6 +432,17 @@ def test_begin_and_end_of_a_text_are_as_in_transformers(tmp_path, own, bos, eos)
     wrong |= eos == (own != tiny.END) if eos is not None else False
     with disagree(*(("tokenizer.json", "of tokenizer_config.json") if wrong else ())):
         assert Text(folder).encode("ab") == theirs
+
+
+def test_one_token_may_begin_and_end_a_text(tmp_path):
+    """As in GPT-2's vocabulary: before a text it is no end."""
+    folder = with_files(tmp_path / "m", generation_config={"eos_token_id": 256})
+    tokenizer, own = tiny.byte_tokenizer(), tiny.START
+    tokenizer.post_processor = TemplateProcessing(single=[own, "$A"], special_tokens=[(own, 256)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    flags = {"add_bos_token": True, "add_eos_token": False}
+    edit(folder, "tokenizer_config.json", bos_token=own, eos_token=own, **flags)
+    assert Text(folder).encode("a") == tokenizer.encode("a").ids == [256, 64]
 
 
 def test_a_token_that_is_not_there_goes_nowhere(tmp_path):
