@@ -1,7 +1,7 @@
 """lethe-mini: a reference engine for Lethe, KV-cache pruning for reasoning (arXiv 2511.06029)."""
 
 from .engine import Engine
-from .errors import UserError
+from .errors import CheckpointWarning, UserError
 from .generation.sampling import Sampling
 from .generation.stats import Generated, Result, Stats
 from .policies import (
@@ -23,6 +23,7 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "CheckpointWarning",
     "Engine",
     "FullKV",
     "Generated",

@@ -2,8 +2,10 @@
 
 Its message is a single line that says what is wrong and how to mend it; the command line prints it
 and exits with code 2. Anything else that escapes is a bug in lethe-mini and keeps its traceback.
+`warn` is for what runs all the same, yet perhaps not as the user expects.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,15 @@ from pathlib import Path
 
 class UserError(ValueError):
     pass
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint contradicts itself. The command line prints the message as one line."""
+
+
+def warn(message: str) -> None:
+    """Warns once of each message, unless Python's filters of warnings say otherwise."""
+    warnings.warn(message, CheckpointWarning, stacklevel=2)
 
 
 @contextmanager

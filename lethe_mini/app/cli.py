@@ -27,7 +27,7 @@ from .batch import Prompt, run_batch
 from .chat import Conversation, chat
 from .parser import MAX_NEW_TOKENS, PROMPT, gather_prompts, parse
 from .puzzle import SPARE, TASK, puzzle, verdict
-from .screen import Screen, report, say, saying
+from .screen import Screen, report, say, saying, warnings_in_lines
 
 SMALL = 10_000_000  # parameters up to which a second thread costs more than it gains
 
@@ -201,7 +201,8 @@ def _write(
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return run(argv)
+        with warnings_in_lines():
+            return run(argv)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

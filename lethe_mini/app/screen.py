@@ -2,11 +2,13 @@
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
 from ..engine import Engine
+from ..errors import CheckpointWarning
 from ..generation.sampling import Sampling
 from ..generation.stats import Result
 from ..options import show_budget
@@ -20,6 +22,23 @@ def say(text: str, quiet: bool = False) -> None:
     """A line on standard error."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Within it, what a checkpoint contradicts itself in is a line on standard error, once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", CheckpointWarning)
+        others = warnings.showwarning
+
+        def show(message, category, *details) -> None:
+            if issubclass(category, CheckpointWarning):
+                say(f"warning: {' '.join(str(message).split())}")
+            else:
+                others(message, category, *details)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

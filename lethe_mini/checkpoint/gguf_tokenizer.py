@@ -10,6 +10,13 @@ from tokenizers import pre_tokenizers as cut
 from ..errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+# A file may name one end token, and end a turn of its chat with another: these end a text wherever
+# they are in the vocabulary and no ordinary text.
+ENDS = (
+    "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]",
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>",
+    "<end_of_utterance>", "<EOT>", "[EOT]", "<|return|>", "<|call|>",
+)  # fmt: skip
 # How Llama 3 and Qwen2 cut text before BPE; they differ in how many digits stay together.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
@@ -60,8 +67,9 @@ def make_tokenizer(source, vocab_size: int) -> tuple[Tokenizer, dict[str, dict]]
 
     try:
         tokenizer, add_bos = build[model](source, tokens, types, ids)
-        special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
-        special |= {ids[name] for name in ("bos", "eos", "eot", "eom") if name in ids}
+        ends = end_ids(tokens, types, ids)
+        special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)} | ends
+        special |= {ids["bos"]} if "bos" in ids else set()
         whole = [i for i, kind in enumerate(types) if i in special or kind == USER_DEFINED]
         tokenizer.add_tokens(
             [AddedToken(tokens[i], special=i in special, normalized=False) for i in whole]
@@ -81,8 +89,17 @@ def make_tokenizer(source, vocab_size: int) -> tuple[Tokenizer, dict[str, dict]]
     config |= {f"{n}_token": tokens[ids[n]] for n in ("bos", "eos", "unk", "pad") if n in ids}
     if (template := source.get("tokenizer.chat_template", str, None)) is not None:
         config["chat_template"] = template
-    ends = {"eos_token_id": sorted({ids[n] for n in ("eos", "eot", "eom") if n in ids}) or None}
-    return tokenizer, {"tokenizer_config.json": config, "generation_config.json": ends}
+    generation = {"eos_token_id": sorted(ends) or None}
+    return tokenizer, {"tokenizer_config.json": config, "generation_config.json": generation}
+
+
+def end_ids(tokens: list, types: list, ids: dict) -> set[int]:
+    """The ids that end a text: those of the file's metadata, and those known by name. Where there
+    is a `<|return|>`, `<|end|>` only ends a part of the reply."""
+    names = set(ENDS) - ({"<|end|>"} if "<|return|>" in tokens else set())
+    kinds = (CONTROL, USER_DEFINED)
+    known = {i for i, one in enumerate(tokens) if one in names and types[i] in kinds}
+    return known | {ids[name] for name in ("eos", "eot", "eom") if name in ids}
 
 
 def byte_level(source, tokens: list, types: list, ids: dict) -> tuple[Tokenizer, bool]:

@@ -8,6 +8,7 @@ holds one copy of the model, and no file stays open. Nothing is unpickled.
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..model import Experts, Joined, Transformer
 from .config import DTYPES, read_config, read_json
 
@@ -24,6 +25,11 @@ FETCHED = ["*.safetensors", "*.json", "*.jinja"]
 NOT_FETCHED = ["*/*", "consolidated*"]  # folders of other formats; a second copy of the weights
 FLOATS = ("F64", "F32", "F16", "BF16")  # 8-bit floats need scales: they count as quantized
 PORTION = 1 << 25
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+# Old checkpoints hold what RoPE is computed with, of each layer or of the model. It follows from
+# config.json.
+ROPE_BUFFER = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 NO_PICKLES = "pickled weights (.bin, .pt, .pth) are never read, so convert those to safetensors"
 
 
@@ -137,6 +143,10 @@ def pick_dtype(name: str, device: str, folder: Path) -> torch.dtype:
 def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Transformer:
     """The checkpoint of `folder`, ready to run. Raises UserError for what does not fit."""
     config = read_config(folder)
+    if adapters := [name for name in ADAPTERS if (folder / name).is_file()]:
+        warn(
+            f"{folder}: the adapter ({', '.join(adapters)}) is not applied; merge it into the model"
+        )
     with torch.device("meta"):  # shapes without storage: nothing is allocated, then overwritten
         model = Transformer(config)
     load_weights(model, folder, device, dtype)
@@ -150,10 +160,10 @@ def load_weights(
     """Fills every parameter of `model`, built on the meta device, exactly once."""
     tied = model.config.tie_word_embeddings
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
-    if tied:  # some tied checkpoints hold the head as well
-        shapes["lm_head.weight"] = shapes["embed_tokens.weight"]
-    plan = _plan(folder, shapes, optional={"lm_head.weight"} if tied else set())
-    head = plan.pop("lm_head.weight", None) if tied else None
+    if tied:  # a tied checkpoint holds the embedding, or the head, or both
+        shapes[HEAD] = shapes[EMBEDDING]
+    plan = _plan(folder, shapes, tied)
+    head = plan.pop(HEAD, None) if tied else None
 
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
@@ -214,9 +224,10 @@ def named_weights(model: torch.nn.Module, read=torch.Tensor.detach) -> dict[str,
     return weights
 
 
-def _plan(folder: Path, shapes: dict[str, tuple], optional: set[str]) -> dict:
-    """Where each parameter is, {name: (file, tensor)}, once every header has been checked."""
-    plan, seen = {}, set()
+def _plan(folder: Path, shapes: dict[str, tuple], tied: bool) -> dict:
+    """Where each parameter is, {name: (file, tensor)}, once every header has been checked. tied:
+    the embedding may be stored under the head's name, and needs no second copy there."""
+    plan = {}
     unexpected, misshapen, quantized, twice = [], [], [], []
     for file, listed in _files(folder).items():
         with _opened(file) as tensors:
@@ -225,19 +236,20 @@ def _plan(folder: Path, shapes: dict[str, tuple], optional: set[str]) -> dict:
                 raise UserError(f"{file} lacks what the index lists: {_few(lost)}; fetch it again")
             for key, header in found.items():
                 name, shape = key.removeprefix("model."), tuple(header.get_shape())
-                if name.endswith(".rotary_emb.inv_freq"):
-                    continue  # old Llama checkpoints; the frequencies follow from config.json
+                if ROPE_BUFFER.fullmatch(name):
+                    continue
                 if name not in shapes:
                     unexpected.append(key)
-                elif name in seen:
+                elif name in plan:
                     twice.append(key)
                 elif header.get_dtype() not in FLOATS:
                     quantized.append(f"{key} ({header.get_dtype()})")
                 elif shape != shapes[name]:
                     misshapen.append(f"{key} (is {list(shape)}, should be {list(shapes[name])})")
-                seen.add(name)
                 plan[name] = (file, key)
-    missing = [name for name in shapes if name not in seen and name not in optional]
+    if tied and HEAD in plan and EMBEDDING not in plan:
+        plan[EMBEDDING] = plan.pop(HEAD)
+    missing = [name for name in shapes if name not in plan and not (tied and name == HEAD)]
     problems = {
         "quantized or integer": quantized,
         "misshapen": misshapen,

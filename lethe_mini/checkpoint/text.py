@@ -1,5 +1,6 @@
-"""Text to tokens and back: `tokenizer.json`, the ids that end a text, and the sampling that a
-model's makers advise.
+"""Text to tokens and back: `tokenizer.json`, and the sampling that a model's makers advise.
+
+specials.py knows the special tokens, of which several files speak, and the ids that end a text.
 
 A prompt is a text, or messages that the chat template writes out (template.py). Text streams in
 whole characters: an unfinished one waits, and the pieces add up to `decode` of all ids.
@@ -14,7 +15,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import UserError
-from .config import read_json
+from .specials import (
+    add_tokens,
+    check_around,
+    find_ends,
+    named_tokens,
+    read_optional,
+    read_settings,
+)
 from .template import ChatTemplate, check_messages, find_template, one_line
 
 MOST = sys.float_info.max  # a whole number in JSON may be larger
@@ -47,20 +55,15 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-        settings, config, generation = (
-            read_json(folder / name) if (folder / name).is_file() else {}
-            for name in ("tokenizer_config.json", "config.json", "generation_config.json")
-        )
-        # bos_token and eos_token as the template gets them; one that is null stays undefined
-        self._specials = {}
-        for name in ("bos_token", "eos_token"):
-            value = settings.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                self._specials[name] = value
-        self.template = ChatTemplate(find_template(folder, settings), self._specials)
+        settings = read_settings(folder)
+        size = read_optional(folder, "config.json").get("vocab_size")
+        add_tokens(self._tokenizer, folder, settings, size if type(size) is int else None)
+        check_around(self._tokenizer, folder, settings)
+        specials = named_tokens(settings)
+        self.template = ChatTemplate(find_template(folder, settings), specials)
         self.has_template = self.template.source is not None
-        self.eos_ids = self._find_eos(folder, config, generation)
+        self.eos_ids = find_ends(self._tokenizer, folder, settings)
+        generation = read_optional(folder, "generation_config.json")
         self.sampling = _sampling(folder / "generation_config.json", generation)
         self.repetition_penalty = self.sampling.pop("repetition_penalty", 1)
 
@@ -73,20 +76,6 @@ class Text:
         self._bytes = frozenset(
             id for token, id in vocab.items() if falls_back and re.fullmatch("<0x..>", token)
         )
-
-    def _find_eos(self, folder: Path, config: dict, generation: dict) -> frozenset[int]:
-        ids = set()
-        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            if value is None:
-                continue
-            values = value if isinstance(value, list) else [value]
-            if any(type(id) is not int for id in values):
-                raise UserError(
-                    f"{folder}: eos_token_id should be a number or a list, not {value!r}"
-                )
-            ids.update(values)
-        fallback = self._tokenizer.token_to_id(self._specials.get("eos_token", ""))
-        return frozenset(ids) if ids or fallback is None else frozenset({fallback})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:

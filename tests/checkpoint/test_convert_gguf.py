@@ -527,6 +527,35 @@ def test_files_beside_the_tokenizer(folders):
     assert theirs.eos_token_id == ends
 
 
+@pytest.mark.parametrize(
+    ("extra", "kind", "ends"),
+    [
+        (["<|im_end|>", "<|endoftext|>"], 3, [0, 1]),
+        (["<|im_end|>", "<|eom_id|>"], 4, [0, 1]),  # some files call them defined by the user
+        (["<|im_end|>", "<|eot_id|>"], 1, []),  # ordinary text
+        (["<|im_start|>", "<end_of_turn>"], 3, [1]),
+        (["<|return|>", "<|endoftext|>"], 3, [0, 1]),
+    ],
+)
+def test_control_tokens_that_end_a_text_are_known_by_name(tmp_path, extra, kind, ends):
+    """Those of the metadata end it, too. vocabulary() has an `<|end|>`, which is one of them."""
+    keys = vocabulary()
+    size, last = len(keys["tokenizer.ggml.tokens"]), len(keys["tokenizer.ggml.tokens"]) - 3
+    change = {
+        "tokenizer.ggml.tokens": [*keys["tokenizer.ggml.tokens"], *extra],
+        "tokenizer.ggml.token_type": [*keys["tokenizer.ggml.token_type"], kind, kind],
+        "tokenizer.ggml.eos_token_id": last + 1,
+    }
+    path = to_gguf(tmp_path / "a.gguf", tiny("llama", 330), keys, change=change)
+    convert(path, tmp_path / "out")
+    found = read_json(tmp_path / "out", "generation_config.json")["eos_token_id"]
+    own = [last + 1] if "<|return|>" in extra else [last, last + 1]
+    assert found == [*own, *(size + i for i in ends)]
+    if ends:  # a part of no answer, whatever the file calls it
+        ids = [size + i for i in ends]
+        assert encoder(tmp_path / "out").decode(ids, skip_special_tokens=True) == ""
+
+
 def sentencepiece_ids(text, keys, prefix=True):
     """SentencePiece's BPE, slowly: join the best-scored neighbours, leftmost first, until none."""
     tokens, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
@@ -783,7 +812,7 @@ def demo_gguf(demo, tmp_path_factory):
 @pytest.mark.demo
 def test_demo_weights_and_logits_equal_transformers(demo, demo_gguf):
     assert_same(demo, reading(demo_gguf))
-    assert read_json(demo, "generation_config.json") == {"eos_token_id": [2]}
+    assert read_json(demo, "generation_config.json") == {"eos_token_id": [0, 2]}
 
 
 SPECIAL = st.sampled_from(
