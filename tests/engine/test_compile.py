@@ -52,6 +52,8 @@ def test_compiled_equals_eager_and_compiles_a_handful(changes):
         (prompts[:2], Lethe(budget=48, interval=32), 70),
         (prompts[:2], SnapKV(budget=40, window=8, protect_prompt=False), 70),
     )
+    if "num_experts" in changes:  # whose layers take long to compile
+        cases = cases[1:3]
 
     def run():
         for which, policy, length in cases:
@@ -63,7 +65,7 @@ def test_compiled_equals_eager_and_compiles_a_handful(changes):
     run()
     first = graphs()
     # One sequence or more; scores or none; and a size that met another. Experts cut a layer in two.
-    assert 0 < first <= (16 if changes is MIXTURE else 8)
+    assert 0 < first <= (16 if "num_experts" in changes else 8)
     run()
     assert graphs() == first
 
