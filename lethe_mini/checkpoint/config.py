@@ -46,6 +46,7 @@ FAMILIES = {
     ),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+LAYERS, EXPERTS = 1000, 4096  # at most: a model is built before its weights are looked at
 THETA = 10000.0  # where a file says nothing
 # What other architectures compute otherwise, and the value that changes nothing. A file that asks
 # for it under a name of FAMILIES would run, and be wrong.
@@ -125,6 +126,7 @@ def parse_config(data: dict, where: str = "config.json") -> ModelConfig:
 
     inv_freq, factor = _rope(read, head_dim, positions)
     layers = read.number("num_hidden_layers")
+    read.refuse(layers > LAYERS, f"num_hidden_layers ({layers}) is larger than {LAYERS}")
     biases = (family.qkv_bias, family.o_bias, family.mlp_bias)
     qkv, o, mlp = (read.flag(one) if isinstance(one, str) else one for one in biases)
     dtype = first_of(where, {key: data.get(key) or None for key in ("dtype", "torch_dtype")})
@@ -255,6 +257,7 @@ def _experts(read: _Reader, layers: int) -> dict:
     first_of(read.where, counts)
     key = next((key for key, count in counts.items() if count is not None), "num_local_experts")
     count, chosen = read.number(key), read.number("num_experts_per_tok")
+    read.refuse(count > EXPERTS, f"{key} ({count}) is larger than {EXPERTS}")
     read.refuse(chosen > count, f"num_experts_per_tok ({chosen}) is above {key} ({count})")
     dense = read.data.get("mlp_only_layers") or []
     known = isinstance(dense, list) and all(type(index) is int for index in dense)

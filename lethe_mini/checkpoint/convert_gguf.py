@@ -34,6 +34,7 @@ ARCHITECTURES = {  # a Mistral's file says llama
     "qwen3moe": "Qwen3MoeForCausalLM",
 }
 SHARD = 4 << 30  # bytes of weights in a file
+READS = 20_000_000  # of numbers and strings of metadata; a vocabulary of 150,000 takes 2 million
 
 
 def import_gguf():
@@ -46,6 +47,24 @@ def import_gguf():
     return gguf
 
 
+def read_gguf(gguf, path: Path):
+    """The package's reader, which counts on its file: here it stops where the file ends, and after
+    READS reads, where a broken length would keep it busy for ever."""
+    reads = 0
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *args, **kwargs):
+            nonlocal reads
+            reads += 1
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends too early")
+            if reads > READS:
+                raise ValueError("its metadata is longer than any model's")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
+    return Reader(path)
+
+
 class Source:
     """A GGUF file that is whole: its metadata by key and kind, its tensors by name."""
 
@@ -54,7 +73,7 @@ class Source:
         if not path.is_file():
             raise UserError("there is no such file; give the path of a GGUF file")
         try:
-            reader = self.gguf.GGUFReader(path)
+            reader = read_gguf(self.gguf, path)
         except Exception as error:  # the reader trusts its file: a broken one may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"not a whole, readable GGUF file ({reason}); fetch it again") from None

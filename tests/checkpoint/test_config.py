@@ -125,6 +125,7 @@ def test_a_mixtures_window_may_be_switched_off_or_as_long_as_its_positions(windo
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
+        ({"num_experts": 10**6}, "num_experts .1000000. is larger than 4096"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok .9. is above num_experts .8."),
         ({"num_experts": None}, "'num_local_experts' is missing"),
         ({"num_experts_per_tok": None}, "'num_experts_per_tok' is missing"),
@@ -382,6 +383,7 @@ def test_a_sliding_window_that_reaches_no_layer_is_none(extra):
         ({"use_qk_norm": True}, "use_qk_norm True is not supported"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers .1, 0. is not supported"),
         ({"head_dim": 2**17}, "head_dim .131072. is larger than"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers .1000000000. is larger than 1000"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic'"),
         ({"rope_scaling": {"type": ["linear"]}}, "RoPE type"),
         ({"rope_scaling": "linear"}, "should be an object"),
