@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..errors import UserError
 from .config import read_json
-from .template import ChatTemplate, check_messages, find_template, one_line
+from .template import ChatTemplate, check_messages, find_templates, named_tokens, one_line
 
 MOST = sys.float_info.max  # a whole number in JSON may be larger
 # What generation_config.json may say about sampling, in which range and in words.
@@ -51,15 +51,9 @@ class Text:
             read_json(folder / name) if (folder / name).is_file() else {}
             for name in ("tokenizer_config.json", "config.json", "generation_config.json")
         )
-        # bos_token and eos_token as the template gets them; one that is null stays undefined
-        self._specials = {}
-        for name in ("bos_token", "eos_token"):
-            value = settings.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                self._specials[name] = value
-        self.template = ChatTemplate(find_template(folder, settings), self._specials)
-        self.has_template = self.template.source is not None
+        self._specials = named_tokens(folder, settings)
+        self.template = ChatTemplate(find_templates(folder, settings), self._specials)
+        self.has_template = bool(self.template.named)
         self.eos_ids = self._find_eos(folder, config, generation)
         self.sampling = _sampling(folder / "generation_config.json", generation)
         self.repetition_penalty = self.sampling.pop("repetition_penalty", 1)
@@ -95,8 +89,20 @@ class Text:
             raise UserError("the text is not valid Unicode; save it as UTF-8") from None
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_end(self, text: str, end: str) -> list[int]:
+        """The ids of `end`, as they are in those of `text`, which ends with it: some tokenizers put
+        a space before whatever they begin with."""
+        start = self.encode(text[: len(text) - len(end)], add_special_tokens=False)
+        ids = self.encode(text, add_special_tokens=False)
+        # A token over the border would be read a second time in part.
+        return ids[len(start) :] if ids[: len(start)] == start else self.encode(end, False)
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def choose_template(self, name: str) -> None:
+        """From now on the chat template of this name. Raises UserError where there is none."""
+        self.template.choose(name)
 
     def chat(self, messages: list[dict], think: bool | None = None) -> str:
         """`messages` through the chat template (template.py). Raises UserError."""

@@ -144,7 +144,7 @@ def test_turns_are_one_long_run_fed_token_by_token(monkeypatch, engine, policy, 
     noting, parts, limits = reading(engine), [], [11, 25, 1, 17, 30]
     chat = Conversation(noting, policy, positions=positions, prefill_chunk=16)
     next_ids = chat._next_ids
-    monkeypatch.setattr(chat, "_next_ids", lambda text: parts.append(next_ids(text)) or parts[-1])
+    monkeypatch.setattr(chat, "_next_ids", lambda *what: parts.append(next_ids(*what)) or parts[-1])
     replies, after = [], []
     for text, limit in zip(SAY, limits, strict=True):
         chat.options["max_new_tokens"] = limit

@@ -272,7 +272,8 @@ def test_the_places_a_template_can_be(tmp_path):
     assert rendered("string") == "string"
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     assert rendered(named) == "yes"
-    assert rendered(named[:1]) is None
+    with pytest.raises(UserError, match="chat templates are 'tool_use', and none is the default"):
+        rendered(named[:1])
     assert rendered(None) is None
     with pytest.raises(UserError, match="should be a string"):
         rendered(7)
