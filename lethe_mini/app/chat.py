@@ -71,7 +71,7 @@ class Conversation:
         """What the template writes for the whole conversation, and the end of it that is new."""
         tokenizer, messages = self.engine.text, [*self.messages, said]
         if not tokenizer.has_template:
-            return "", ""
+            return self.text, ""
         if self.turns:
             return tokenizer.template.follows(messages, self.think, self.text)
         whole = tokenizer.chat(messages, self.think)

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import wraps
 from types import CodeType
 
-from jinja2 import TemplateError, nodes, pass_environment
+from jinja2 import TemplateError, nodes, pass_context, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_sum
@@ -73,7 +73,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """The template as code, for the sandbox of each of its runs."""
         return self.compile(_Marked().visit(self.parse(source)))
 
-    def run(self, code: CodeType, **names) -> str:
+    def run(self, code: CodeType, /, **names) -> str:
         """What the template writes. Raises TooMuch, and whatever else a program can raise."""
         template, text, size = self.template_class.from_code(self, code, self.globals), [], 0
         with self._watched():
@@ -274,11 +274,11 @@ def _check_name(name) -> None:
         raise SecurityError(f"a namespace has no {name}; no name in it begins with an underscore")
 
 
-@pass_environment  # so Jinja does not call it while it compiles
-def _write(environment: Sandbox, value):
+@pass_context  # which is not there while Jinja compiles, so it runs nothing then
+def _write(context, value) -> str:
     """What is written for a value, also into a variable or by a macro."""
-    environment.weigh(value)
-    return environment.count(str(value))
+    context.environment.weigh(value)
+    return context.environment.count(str(value))
 
 
 @pass_environment

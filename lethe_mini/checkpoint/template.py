@@ -91,10 +91,10 @@ class ChatTemplate:
         while any(mark in message["content"] for message in messages):
             mark += "."
         marked = {**reply, "content": reply["content"] + mark}
-        found, _, rest = self.chat([*before, marked, said], think).rpartition(mark)
+        head, found, rest = self.chat([*before, marked, said], think).rpartition(mark)
         if not found:
             raise UserError("the chat template leaves out replies, so it takes a single turn")
-        return whole, rest
+        return head + rest, rest
 
     def _render(self, messages: list[dict], reply: bool, think: bool | None) -> str:
         """What the template makes of the messages; reply: with the head of a reply at the end."""

@@ -229,6 +229,7 @@ def test_a_model_without_a_template_just_goes_on(tmp_path):
         tokens += noting.text.encode(text)
         tokens += chat.say(text).sequences[0].token_ids
     assert noting.model.tokens == tokens[:-1]
+    assert chat.stats().endswith("MB of keys and values")
 
 
 # -- commands --------------------------------------------------------------------------------------
