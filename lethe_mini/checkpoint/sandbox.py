@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 0.5  # of processor time, so that a busy machine refuses no template
+SECONDS = 0.8  # of processor time, so that a busy machine refuses no template
 ROOM = 1 << 20  # characters of one value, beside twice those of the messages
 TOTAL = 64  # times the room: all that is ever made, and what a single operation may come to
 BITS = 4096  # of an integer
