@@ -187,4 +187,6 @@ def _runs(engine: Engine, policy: Policy, sampling: Sampling, limits: dict, opti
     facts = {k: v for k, v in options.items() if k not in ("batch_size", "prefill_chunk")}
     settings = {"model": engine.name, "dtype": str(engine.dtype), "policy": policy.name}
     settings |= {**asdict(policy), **asdict(sampling), **facts}
+    if engine.text.template.name is not None:
+        settings["template"] = engine.text.template.name
     return {id: digest({**settings, "max_new_tokens": limit}) for id, limit in limits.items()}

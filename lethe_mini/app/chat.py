@@ -1,7 +1,8 @@
 """A conversation in the terminal that keeps its pruned cache from turn to turn.
 
-What was read or written is never read again: each turn only adds the new tokens to the cache. What
-the cache has forgotten it has forgotten; `/stats` shows how much that is.
+What was read or written is never read again: each turn only adds the new tokens to the cache. They
+are what the chat template writes for the whole conversation after its last reply. What the cache
+has forgotten it has forgotten; `/stats` shows how much that is.
 """
 
 import sys
@@ -13,7 +14,7 @@ from ..generation.stats import Result, kv_bytes
 from ..policy import Policy
 
 HELP = "/reset forgets everything, /stats shows the cache, /exit ends; Ctrl-C stops a reply"
-MARK = "\u241freply\u241f"  # stands for the last reply where the template is asked what follows it
+REWRITES = "; the chat template now writes earlier turns otherwise, the cache keeps what it read"
 
 
 class Conversation:
@@ -39,33 +40,62 @@ class Conversation:
         self.cache: KVCache = self.engine.new_cache(self.policy, self.positions)
         self.unread: list[int] = []  # sampled or said, but not in the cache yet
         self.turns = 0
+        # What was said, for the template; a reply as it was written, less the token that ended it.
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.text = ""  # all that was read and written, less the token that ended the last reply
+        self.ended: int | None = None  # that token
+        self.rewrites = False  # does the template write earlier turns otherwise by now?
 
     def say(self, text: str, on_token=None) -> Result:
         """One turn: reads what is new, returns the reply. Raises UserError."""
-        ids, before = self._next_ids(text), self.cache.seen[0]
+        if not text.strip():
+            raise UserError("say something, or /exit")
+        said = {"role": "user", "content": text}
+        whole, end = self._written(said)
+        ids, before = self._next_ids(text, whole, end), self.cache.seen[0]
         result = self.engine.generate(
             [ids], self.policy, cache=self.cache, on_token=on_token, **self.options
         )
-        self.unread = (ids + result.sequences[0].token_ids)[self.cache.seen[0] - before :]
+        reply = result.sequences[0].token_ids
+        self.unread = (ids + reply)[self.cache.seen[0] - before :]
+        self.rewrites = not _alike(whole.removesuffix(end), self.text)
+        self.ended = reply[-1] if reply and reply[-1] in self.engine.text.eos_ids else None
+        reply = reply if self.ended is None else reply[:-1]
+        content = self._wording(reply)
+        self.messages += [said, {"role": "assistant", "content": content}]
+        self.text += end + content
         self.turns += 1
         return result
 
-    def _next_ids(self, text: str) -> list[int]:
+    def _written(self, said: dict) -> tuple[str, str]:
+        """What the template writes for the whole conversation, and the end of it that is new."""
+        tokenizer, messages = self.engine.text, [*self.messages, said]
+        if not tokenizer.has_template:
+            return self.text, ""
+        if self.turns:
+            return tokenizer.template.follows(messages, self.think, self.text)
+        whole = tokenizer.chat(messages, self.think)
+        return whole, whole
+
+    def _next_ids(self, text: str, whole: str, end: str) -> list[int]:
         """The tokens between what the cache has seen and the reply to `text`."""
         tokenizer = self.engine.text
-        if not text.strip():
-            raise UserError("say something, or /exit")
-        if not self.turns:
-            return tokenizer.encode_prompt(text, self.system, think=self.think)
         if not tokenizer.has_template:
+            if not self.turns:
+                return tokenizer.encode_prompt(text, self.system)
             return self.unread + tokenizer.encode(text, add_special_tokens=False)
-        # Only what the template writes after a reply is new: the end of that, and this turn.
-        messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
-        rendered = tokenizer.chat([*messages, {"role": "user", "content": text}], self.think)
-        after = rendered.rpartition(MARK)[2]
-        ids = tokenizer.encode(after, add_special_tokens=False)
-        # A reply that ended by itself ends in the token that the template writes first.
-        return self.unread[:-1] + ids if self.unread[-1:] == ids[:1] else self.unread + ids
+        ids = tokenizer.encode_end(whole, end)
+        # The template ends the last reply, perhaps after white space. A reply that ended by itself
+        # ends in the same token.
+        if self.ended in ids:
+            first = ids.index(self.ended)
+            if not self._wording(ids[:first]).strip():
+                ids = ids[first + 1 :]
+        return self.unread + ids
+
+    def _wording(self, ids: list[int]) -> str:
+        """The text of tokens, special ones by name."""
+        return "".join(self.engine.text.pieces(ids)) if ids else ""
 
     def stats(self) -> str:
         """What the cache holds of what it has seen, in one line."""
@@ -75,7 +105,13 @@ class Conversation:
         return (
             f"{self.turns} turns, {seen} tokens seen, {held:.0f} held per layer on average "
             f"({forgotten:.0%} forgotten), {size:.2f} MB of keys and values"
+            f"{REWRITES if self.rewrites else ''}"
         )
+
+
+def _alike(one: str, other: str) -> bool:
+    """Are the texts the same but for white space?"""
+    return "".join(one.split()) == "".join(other.split())
 
 
 def chat(conversation: Conversation) -> int:

@@ -29,6 +29,7 @@ from .parser import MAX_NEW_TOKENS, PROMPT, gather_prompts, parse
 from .puzzle import SPARE, TASK, puzzle, verdict
 from .screen import Screen, report, say, saying, warnings_in_lines
 
+PLAIN = "this model has no chat template; the prompt is continued as it stands"
 SMALL = 10_000_000  # parameters up to which a second thread costs more than it gains
 
 
@@ -48,9 +49,14 @@ def run(argv: list[str] | None) -> int:
         model = "demo" if own is None else "reasoner"
     with saying(f"loading {model}", args.quiet):
         engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
+    if args.template is not None:
+        engine.text.choose_template(args.template)
+    # The reasoner's puzzles are its own prompts, and need none.
+    plain = not (engine.text.has_template or args.raw or model == "reasoner")
     sampling, from_file = _sampling(args, engine)
     with _threads(args.threads, engine):
         if args.interactive:
+            say(PLAIN, args.quiet or not plain)
             return _chat(args, engine, policy, sampling)
         if not prompts:
             prompts, told = [Prompt(1, PROMPT)], f"prompt: {PROMPT}"
@@ -61,6 +67,7 @@ def run(argv: list[str] | None) -> int:
     if args.stats is not None:
         with writing(args.stats):
             args.stats.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    say(PLAIN, args.quiet or not plain)
     say(report(result, policy, from_file), args.quiet)
     if own is not None:
         say(verdict(own, [one.text for one in result.sequences]), args.quiet)
@@ -85,6 +92,8 @@ def _check(args: argparse.Namespace) -> None:
             "--interactive reads prompts from you, and uses the chat template; leave out "
             "--prompt, --prompt-file, --output, --stats, --trace, --lens and --raw"
         )
+    if args.template is not None and args.raw:
+        raise UserError("--raw leaves out the chat template; leave out --template")
     if args.output is not None and traced:
         raise UserError("--output may continue an older run; leave out --trace and --lens")
     if args.threads is not None and args.threads < 1:

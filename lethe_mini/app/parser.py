@@ -66,6 +66,8 @@ def _add_model(group) -> None:
     add("--interactive", action="store_true", help="a chat that keeps its cache; /exit ends it")
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", help="a system message before the prompt")
+    add("--template", metavar="NAME", help="which of the model's chat templates (default: the one "
+        "called default)")  # fmt: skip
     add("--think", action=argparse.BooleanOptionalAction, help="tell the chat template to let the "
         "model think, or not (default: as the template has it)")  # fmt: skip
     add("--device", default="auto", help=f"auto, cpu, cuda, mps {DEFAULT}")

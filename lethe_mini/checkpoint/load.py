@@ -22,7 +22,8 @@ from ..model import Experts, Joined, Transformer
 from .config import DTYPES, read_config, read_json
 
 FETCHED = ["*.safetensors", "*.json", "*.jinja"]
-NOT_FETCHED = ["*/*", "consolidated*"]  # folders of other formats; a second copy of the weights
+# Folders hold other formats, all but chat templates; consolidated is a second copy of the weights.
+NOT_FETCHED = ["*/*.safetensors", "*/*.json", "consolidated*"]
 FLOATS = ("F64", "F32", "F16", "BF16")  # 8-bit floats need scales: they count as quantized
 PORTION = 1 << 25
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"

@@ -23,7 +23,7 @@ from .specials import (
     read_optional,
     read_settings,
 )
-from .template import ChatTemplate, check_messages, find_template, one_line
+from .template import ChatTemplate, check_messages, find_templates, one_line
 
 MOST = sys.float_info.max  # a whole number in JSON may be larger
 # What generation_config.json may say about sampling, in which range and in words.
@@ -60,8 +60,8 @@ class Text:
         add_tokens(self._tokenizer, folder, settings, size if type(size) is int else None)
         check_around(self._tokenizer, folder, settings)
         specials = named_tokens(settings)
-        self.template = ChatTemplate(find_template(folder, settings), specials)
-        self.has_template = self.template.source is not None
+        self.template = ChatTemplate(find_templates(folder, settings), specials)
+        self.has_template = bool(self.template.named)
         self.eos_ids = find_ends(self._tokenizer, folder, settings)
         generation = read_optional(folder, "generation_config.json")
         self.sampling = _sampling(folder / "generation_config.json", generation)
@@ -84,8 +84,20 @@ class Text:
             raise UserError("the text is not valid Unicode; save it as UTF-8") from None
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_end(self, text: str, end: str) -> list[int]:
+        """The ids of `end`, as they are in those of `text`, which ends with it: some tokenizers put
+        a space before whatever they begin with."""
+        start = self.encode(text[: len(text) - len(end)], add_special_tokens=False)
+        ids = self.encode(text, add_special_tokens=False)
+        # A token over the border would be read a second time in part.
+        return ids[len(start) :] if ids[: len(start)] == start else self.encode(end, False)
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def choose_template(self, name: str) -> None:
+        """From now on the chat template of this name. Raises UserError where there is none."""
+        self.template.choose(name)
 
     def chat(self, messages: list[dict], think: bool | None = None) -> str:
         """`messages` through the chat template (template.py). Raises UserError."""

@@ -144,7 +144,7 @@ def test_turns_are_one_long_run_fed_token_by_token(monkeypatch, engine, policy, 
     noting, parts, limits = reading(engine), [], [11, 25, 1, 17, 30]
     chat = Conversation(noting, policy, positions=positions, prefill_chunk=16)
     next_ids = chat._next_ids
-    monkeypatch.setattr(chat, "_next_ids", lambda text: parts.append(next_ids(text)) or parts[-1])
+    monkeypatch.setattr(chat, "_next_ids", lambda *what: parts.append(next_ids(*what)) or parts[-1])
     replies, after = [], []
     for text, limit in zip(SAY, limits, strict=True):
         chat.options["max_new_tokens"] = limit
@@ -229,6 +229,7 @@ def test_a_model_without_a_template_just_goes_on(tmp_path):
         tokens += noting.text.encode(text)
         tokens += chat.say(text).sequences[0].token_ids
     assert noting.model.tokens == tokens[:-1]
+    assert chat.stats().endswith("MB of keys and values")
 
 
 # -- commands --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ WANTED = {
     "model.safetensors": b"not really" * 1000,
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
 }
 UNWANTED = {
     "pytorch_model.bin": b"pickle",
@@ -199,4 +200,4 @@ def test_the_client_shows_its_progress_and_nothing_else(story, run):
     assert "arning" not in err
     lines = err.replace("\r", "\n").splitlines()
     assert not [line for line in lines if line.strip() and "%" not in line and "B/s" not in line]
-    assert run != "first" or "Fetching 4 files" in err
+    assert run != "first" or "Fetching 5 files" in err

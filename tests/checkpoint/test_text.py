@@ -264,23 +264,11 @@ def test_prompts_go_through_the_template_without_a_second_bos(chatty):
     assert text.encode_prompt("hi")[0] == text.encode("hi")[0]
 
 
-def test_the_places_a_template_can_be(tmp_path):
-    def rendered(template):
-        text = Text(write(tmp_path / "m", tokenizer_config={"chat_template": template}))
-        return text.chat([]) if text.has_template else None
-
-    assert rendered("string") == "string"
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-    assert rendered(named) == "yes"
-    assert rendered(named[:1]) is None
-    assert rendered(None) is None
-    with pytest.raises(UserError, match="should be a string"):
-        rendered(7)
-    (tmp_path / "m" / "chat_template.jinja").write_text("file")
-    assert rendered("string") == "file"
-    (tmp_path / "m" / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read"):
-        rendered("string")
+def test_a_template_that_cannot_be_read_is_one_line(tmp_path):
+    (write(tmp_path / "m") / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read") as caught:
+        Text(tmp_path / "m")
+    assert one_line(caught)
 
 
 def test_templates_see_what_transformers_gives_them(chatty):
