@@ -10,7 +10,17 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    pass
+    def lines(self) -> list[str]:
+        """What is told, an error a line."""
+        return [" ".join(str(self).split())]
+
+
+class PromptError(UserError):
+    """What is wrong with one prompt of a call. number: which, from 0; alone: it is the only one."""
+
+    def __init__(self, number: int, reason: str, alone: bool = False):
+        super().__init__(reason if alone else f"prompt {number + 1}: {reason}")
+        self.number, self.reason = number, reason
 
 
 @contextmanager
