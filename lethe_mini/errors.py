@@ -1,9 +1,13 @@
 """The one exception for what a user can mend: a bad path, a bad value, a broken checkpoint.
 
 Its message is a single line that says what is wrong and how to mend it; the command line prints it
-and exits with code 2. Anything else that escapes is a bug in lethe-mini and keeps its traceback.
+and exits with code 2. Several at once are a line each. Anything else that escapes is a bug in
+lethe-mini and keeps its traceback. And how files are written, so that no failure leaves half of
+one.
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +27,17 @@ class PromptError(UserError):
         self.number, self.reason = number, reason
 
 
+class UserErrors(UserError):
+    """Several at once, each a line."""
+
+    def __init__(self, told: list[str]):
+        super().__init__("\n".join(told))
+        self.told = told
+
+    def lines(self) -> list[str]:
+        return [" ".join(line.split()) for line in self.told]
+
+
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Around code that writes a file: an OSError becomes a UserError that names the file."""
@@ -30,3 +45,33 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where a file cannot be written; leaves it as it is."""
+    with writing(path):
+        existed = path.exists()
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts a text into a file, whole or not at all: first into another beside it, which then takes
+    its place. Devices and pipes have no such place, nor have folders that take no file; there it is
+    written as it comes. Raises UserError."""
+    with writing(path):
+        place = Path(os.path.realpath(path))  # a link stays one
+        device = path.absolute().is_relative_to("/dev") or (place.exists() and not place.is_file())
+        if device or not os.access(place.parent, os.W_OK):
+            place.write_text(text, encoding="utf-8")
+            return
+        beside = place.with_name(f".lethe-mini-{os.getpid()}.tmp")
+        try:
+            beside.write_text(text, encoding="utf-8")
+            if place.exists():
+                shutil.copymode(place, beside)
+            os.replace(beside, place)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -55,13 +55,13 @@ def converted(name: str, what: str, fetch: Callable[[Path], Path]) -> Path:
     if (folder / "config.json").is_file():
         return folder
     import_gguf()  # before anything is fetched in vain
-    print(f"fetching {what} into {folder}", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the cache's own disk, which has to have the room anyway; /tmp is often small.
         with tempfile.TemporaryDirectory(
             prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
         ) as temporary:
+            print(f"fetching {what} into {folder}", file=sys.stderr)
             gguf = fetch(Path(temporary))
             print("converting it", file=sys.stderr)
             try:
@@ -71,7 +71,7 @@ def converted(name: str, what: str, fetch: Callable[[Path], Path]) -> Path:
                     raise
     except OSError as error:
         raise UserError(
-            f"cannot write {folder} ({error}); set LETHE_MINI_CACHE, {OTHERWISE}"
+            f"cannot write {folder} ({error.strerror or error}); set LETHE_MINI_CACHE, {OTHERWISE}"
         ) from None
     return folder
 

@@ -47,14 +47,17 @@ def read_request(
     limits = _limits(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
     sequences = len(limits) * num_samples
     _check_cache(cache, policy, positions, sequences)
-    seen, encoded = 0 if cache is None else cache.next_angle(0), []
-    for number, prompt in enumerate(prompts):
+    seen = 0 if cache is None else cache.next_angle(0)
+
+    def encoded(number: int, prompt) -> list[int]:
         try:
-            encoded.append(encode(engine, policy, prompt, system, raw, think, seen))
+            return encode(engine, policy, prompt, system, raw, think, seen)
         except UserError as error:
             raise PromptError(number, str(error), len(limits) == 1) from None
+
+    ids = [encoded(number, prompt) for number, prompt in enumerate(prompts)]
     together = batch_size or sequences
-    return Request(encoded, limits, num_samples, together, prefill_chunk, positions, cache)
+    return Request(ids, limits, num_samples, together, prefill_chunk, positions, cache)
 
 
 def _limits(

@@ -116,7 +116,8 @@ ANY = st.lists(
 
 @given(rows=st.lists(ANY, min_size=1, max_size=7))
 def test_a_row_that_is_not_numbers_has_no_token(rows):
-    """NaN anywhere, +inf, or nothing but -inf: NO_TOKEN, however tokens are chosen; the other rows have theirs. -inf alone is a token that must not come."""
+    """NaN anywhere, +inf, or nothing but -inf: NO_TOKEN, however tokens are chosen; the other rows
+    have theirs. -inf alone is a token that must not come."""
     draws = torch.stack((torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.long)))
     right = [not any(x != x or x == INF for x in row) and max(row) > -INF for row in rows]
     for sampling in (Sampling(), Sampling(0.7), Sampling(1.0, 3, 0.9), Sampling(1e-40, 0, 1e-9)):
