@@ -48,9 +48,12 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where a file cannot be written; leaves it as it is."""
+    """Raises UserError where a file cannot be written; leaves it as it is. A pipe or a device is
+    not opened: its reader would take that for all there is."""
     with writing(path):
         existed = path.exists()
+        if existed and not (path.is_file() or path.is_dir()):
+            return
         with path.open("a"):
             pass
         if not existed:

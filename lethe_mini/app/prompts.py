@@ -23,7 +23,7 @@ from ..policy import Policy
 
 STDIN = Path("-")
 OBJECTS = (".jsonl", ".ndjson")  # names of files with an object a line; others hold plain texts
-BEGINNING = re.compile(r'\s*\{\s*($|"(id|prompt|messages)"\s*:)')  # of such an object
+BEGINNING = re.compile(r'\s*\{\s*($|("id"\s*:.*)?"(prompt|messages)"\s*:)')  # of such an object
 TOLD = 10  # bad prompts that are named; the rest are counted
 
 
@@ -74,7 +74,7 @@ def _read(path: Path, source: str) -> str:
     """The text of a file, which may be packed by gzip or be UTF-16; bytes that are not UTF-8 become
     surrogates. Raises UserError."""
     try:
-        if path.is_dir():
+        if path != STDIN and path.is_dir():
             raise UserError(f"cannot read {source}: it is a folder; name a file")
         data = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
         if data.startswith(b"\x1f\x8b"):

@@ -30,15 +30,20 @@ OTHERWISE = "or name a model of your own with --model FOLDER"
 
 
 def cache_root() -> Path:
-    """Where demo folders are kept."""
-    if chosen := os.environ.get("LETHE_MINI_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where demo folders are kept. Raises UserError where there is no home folder."""
+    try:
+        if chosen := os.environ.get("LETHE_MINI_CACHE"):
+            return Path(chosen).expanduser()
+        if sys.platform == "win32":
+            root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            root = Path.home() / "Library" / "Caches"
+        else:
+            root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise UserError(
+            f"there is no home folder for a cache; set LETHE_MINI_CACHE, {OTHERWISE}"
+        ) from None
     return Path(root) / "lethe-mini"
 
 

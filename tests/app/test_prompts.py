@@ -306,7 +306,9 @@ def test_objects_are_not_read_as_texts(run, tmp_path, name, content):
     assert f"{file} holds JSON, but would be read as plain text; name it .jsonl" in err[0]
 
 
-@pytest.mark.parametrize("text", ["{x}", "{", "[INST] a [/INST]", "[1]\nb", "12", '"a"', "{a\nb"])
+@pytest.mark.parametrize(
+    "text", ["{x}", "{", '{"id": 5} is JSON', "[INST] a [/INST]", "[1]\nb", "12", '"a"', "{a\nb"]
+)
 def test_texts_with_brackets_are_texts(tmp_path, text):
     """As long as they are no JSON."""
     file = written(tmp_path / "p.txt", *text.split("\n"))
