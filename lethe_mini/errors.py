@@ -51,13 +51,14 @@ def check_writable(path: Path) -> None:
     """Raises UserError where a file cannot be written; leaves it as it is. A pipe or a device is
     not opened: its reader would take that for all there is."""
     with writing(path):
-        existed = path.exists()
-        if existed and not (path.is_file() or path.is_dir()):
+        place = Path(os.path.realpath(path))  # a link whose file is not there stays, too
+        existed = place.exists()
+        if existed and not (place.is_file() or place.is_dir()):
             return
-        with path.open("a"):
+        with place.open("a"):
             pass
         if not existed:
-            path.unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

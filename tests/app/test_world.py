@@ -142,6 +142,13 @@ def test_a_written_file_keeps_its_place_and_its_mode(tmp_path):
     assert (tmp_path / "new").stat().st_mode == other.stat().st_mode
 
 
+def test_a_link_to_a_file_that_is_not_there_yet_stays(run, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert run("--prompt", "a", "--stats", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "file").read_text())["rounds"] == 0
+
+
 def test_where_no_file_can_stand_beside_it_is_written_as_it_comes(monkeypatch, tmp_path):
     """A pipe, a device, a folder that takes no new file."""
     os.mkfifo(tmp_path / "pipe")
