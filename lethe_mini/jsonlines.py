@@ -64,15 +64,18 @@ class Appender:
             self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, line: str) -> None:
-        """The line is on the disk whole or, after a crash, cut short at the end of the file."""
+        """The line is on the disk whole or, after a crash, cut short at the end of the file. A disk
+        that had room for a part of it keeps nothing of it."""
         data = line.encode() + b"\n"
         with writing(self.path):
             written = os.write(self.file, data)  # one call
-        if written != len(data):
-            raise UserError(f"cannot write {self.path}: the disk is full")
+            if written != len(data):
+                os.ftruncate(self.file, os.fstat(self.file).st_size - written)
+                raise UserError(f"cannot write {self.path}: the disk is full")
 
     def __enter__(self) -> "Appender":
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self.file)
+        with writing(self.path):  # some disks say only now that they are full
+            os.close(self.file)

@@ -2,112 +2,44 @@
 
 A line is written whole or not at all, as soon as its sequence ends. Every line names the settings
 it was made with, so that a second run with the same prompts and settings completes the file, and
-one with others is refused.
+one with others is refused. A prompt that is left out has a line that says why; once the prompt is
+mended, its result follows.
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.template import check_messages
 from ..engine import Engine
 from ..errors import UserError
 from ..generation.sampling import Sampling
 from ..generation.stats import Result, kv_bytes
 from ..jsonlines import Appender, digest, read_lines
 from ..policy import Policy
+from .prompts import Prompt, encode_all, naming, refuse
 
 HEAD = b'{"id": '  # how every line begins
 MEND = "name another --output, or delete it"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    id: str | int
-    prompt: str | list[dict]  # a text, or messages
-    max_new_tokens: int | None = None
-
-
-def read_prompts(path: Path, raw: bool = False, system: str | None = None) -> list[Prompt]:
-    """One prompt a line; in a .jsonl file an object a line: prompt or messages, maybe id,
-    max_new_tokens.
-
-    Empty lines are passed over. Without an id a prompt goes by its line's number, from 1. Raises
-    UserError that names the line, also for messages that do not go with `raw` or `system`.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a BOM
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; convert it") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        prompts.append(
-            _parse(line, number, where, raw, system)
-            if path.suffix in (".jsonl", ".ndjson")
-            else Prompt(number, line)
-        )
-    if not prompts:
-        raise UserError(f"{path} holds no prompt; write one a line")
-    first: dict = {}
-    for prompt in prompts:
-        if first.setdefault(prompt.id, prompt) is not prompt:
-            raise UserError(f"{path}: the id {prompt.id!r} is there twice; ids should differ")
-    return prompts
-
-
-def _parse(line: str, number: int, where: str, raw: bool, system: str | None) -> Prompt:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
-        raise UserError(f'{where}: should be an object with either "prompt" or "messages"')
-    prompt = data.get("prompt")
-    if "messages" in data:
-        prompt = _messages(data["messages"], where, raw, system)
-    elif not isinstance(prompt, str):
-        raise UserError(f"{where}: prompt should be a string, not {prompt!r:.80}")
-    elif not prompt.strip():
-        raise UserError(f"{where}: the prompt is empty; give it some text")
-    id, most = data.get("id", number), data.get("max_new_tokens")
-    try:
-        json.dumps([id, prompt], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: not valid Unicode; save it as UTF-8") from None
-    if type(id) not in (str, int):
-        raise UserError(f"{where}: id should be a string or a whole number, not {id!r}")
-    if most is not None and (type(most) is not int or most < 1):
-        raise UserError(f"{where}: max_new_tokens should be a number from 1, not {most!r}")
-    return Prompt(id, prompt, most)
-
-
-def _messages(messages, where: str, raw: bool, system: str | None) -> list[dict]:
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: messages should be a list, not {messages!r:.80}")
-    if raw:
-        raise UserError(f"{where}: --raw leaves out the chat template, which messages need")
-    try:
-        check_messages(messages, system)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return messages
-
-
-def read_done(path: Path, prompts: list[Prompt], num_samples: int, runs: dict) -> set[tuple]:
-    """The (id, sample) pairs that an output file already has; `runs`: id -> the digest of what its
-    lines are made with. Raises UserError if the file is not this run's; only then is a last line
-    that a crash cut short taken off."""
-    known, done = {prompt.id: digest(prompt.prompt) for prompt in prompts}, set()
+def read_done(
+    path: Path, prompts: list[Prompt], num_samples: int, runs: dict
+) -> tuple[set[tuple], set[tuple]]:
+    """The (id, sample) pairs that an output file already has, and the (id, line, error) of prompts
+    that were left out; `runs`: id -> the digest of what its lines are made with. Raises UserError
+    if the file is not this run's; only then is a last line that a crash cut short taken off."""
+    known, done, told = {prompt.id: digest(prompt.prompt) for prompt in prompts}, set(), set()
 
     def accept(number: int, entry) -> None:
+        if "error" in entry:
+            left_out = (entry["id"], entry["line"], entry["error"])
+            if tuple(map(type, left_out)) not in ((str, int, str), (int, int, str)):
+                raise TypeError
+            told.add(left_out)
+            return
         key, prompt, made_by = (entry["id"], entry["sample"]), entry["prompt"], entry["run"]
         if type(key[0]) not in (str, int) or type(key[1]) is not int:
             raise TypeError
@@ -120,7 +52,7 @@ def read_done(path: Path, prompts: list[Prompt], num_samples: int, runs: dict) -
         done.add(key)
 
     read_lines(path, HEAD, accept, MEND)
-    return done
+    return done, told
 
 
 def run_batch(
@@ -132,20 +64,29 @@ def run_batch(
     sampling: Sampling | None = None,
     num_samples: int = 1,
     quiet: bool = False,
+    skip_invalid: bool = False,
     **options,
 ) -> Result | None:
-    """Writes to `output` what it lacks; None if it is complete. Options: Engine.generate's."""
+    """Writes to `output` what it lacks; None if it is complete. skip_invalid: of a prompt that
+    cannot be run, a line with the reason. Options: Engine.generate's."""
     sampling = Sampling.of(sampling, {}, engine.text)
-    limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in prompts}
+    valid = [prompt for prompt in prompts if not prompt.error]
+    limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in valid}
     runs = _runs(engine, policy, sampling, limits, options)
-    done = read_done(output, prompts, num_samples, runs)
+    done, told = read_done(output, valid, num_samples, runs)
     # A prompt is run again whole if a sample of it is missing: samples share their prefill.
-    left = [p for p in prompts if any((p.id, i) not in done for i in range(num_samples))]
-    if not left:
+    left = [p for p in prompts if any((p.id, i) not in done for i in range(num_samples)) or p.error]
+    asked = {name: options[name] for name in ("system", "raw", "think") if name in options}
+    left, encoded, bad = encode_all(engine, policy, left, **asked)
+    refuse(bad, len(prompts), skip_invalid)
+    new = [p for p in bad if (p.id, p.line, p.error) not in told]
+    if not left and not new:
         return None
-    missing, tokens = len(prompts) * num_samples - len(done), 0
+    missing = sum((p.id, i) not in done for p in left for i in range(num_samples))
+    tokens = 0
     if not quiet:
-        print(f"writing {missing} texts to {output}", file=sys.stderr, flush=True)
+        wrong = f", and what is wrong with {len(bad)} of {len(prompts)} prompts" if bad else ""
+        print(f"writing {missing} texts to {output}{wrong}", file=sys.stderr, flush=True)
 
     def on_token(index: int, token: int) -> None:
         nonlocal tokens
@@ -166,11 +107,17 @@ def run_batch(
         bar.update()
 
     with (
+        naming(left),
         Appender(output) as file,
         tqdm(total=missing, unit="seq", disable=quiet or None, miniters=0) as bar,
     ):
+        for p in new:
+            entry = {"id": p.id, "line": p.line, "error": p.error}
+            file.write(json.dumps(entry, ensure_ascii=False))
+        if not left:
+            return None
         return engine.generate(
-            [prompt.prompt for prompt in left],
+            encoded,
             policy,
             [limits[prompt.id] for prompt in left],
             sampling,

@@ -6,30 +6,32 @@ prompt the small model that ships here, the reasoner, solves a puzzle made from 
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from ..engine import Engine
-from ..errors import UserError, writing
+from ..errors import UserError, check_writable, write_whole
 from ..generation.sampling import Sampling
 from ..generation.stats import Result
 from ..lens.page import write_page
 from ..lens.trace import Trace
 from ..policy import Policy
 from ..reasoner.problems import Problem
-from .batch import Prompt, run_batch
+from .batch import run_batch
 from .chat import Conversation, chat
 from .parser import MAX_NEW_TOKENS, PROMPT, gather_prompts, parse
+from .prompts import STDIN, Prompt, encode_all, listed, naming, refuse
 from .puzzle import SPARE, TASK, puzzle, verdict
 from .screen import Screen, report, say, saying, warnings_in_lines
 
 PLAIN = "this model has no chat template; the prompt is continued as it stands"
+NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of CUDA and MPS, CPU, cuBLAS
 SMALL = 10_000_000  # parameters up to which a second thread costs more than it gains
 
 
@@ -47,14 +49,18 @@ def run(argv: list[str] | None) -> int:
     model = args.model
     if model is None:
         model = "demo" if own is None else "reasoner"
-    with saying(f"loading {model}", args.quiet):
+    smaller = "take a smaller model, --dtype bfloat16, or --device cpu"
+    with saying(f"loading {model}", args.quiet), _memory(f"loading {model}", smaller):
         engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
     if args.template is not None:
         engine.text.choose_template(args.template)
     # The reasoner's puzzles are its own prompts, and need none.
     plain = not (engine.text.has_template or args.raw or model == "reasoner")
     sampling, from_file = _sampling(args, engine)
-    with _threads(args.threads, engine):
+    lower = "lower --batch-size or --prefill-chunk, or --max-new-tokens or the policy's --budget"
+    if args.output is not None:
+        lower = f"lower --batch-size or --prefill-chunk; {args.output} keeps what is finished"
+    with _threads(args.threads, engine), _memory("writing", lower):
         if args.interactive:
             say(PLAIN, args.quiet or not plain)
             return _chat(args, engine, policy, sampling)
@@ -65,8 +71,7 @@ def run(argv: list[str] | None) -> int:
         say(f"{args.output} is complete")
         return 0
     if args.stats is not None:
-        with writing(args.stats):
-            args.stats.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_whole(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
     say(PLAIN, args.quiet or not plain)
     say(report(result, policy, from_file), args.quiet)
     if own is not None:
@@ -87,10 +92,10 @@ def _check(args: argparse.Namespace) -> None:
     now, not after minutes of work."""
     traced = args.trace or args.lens
     elsewhere = (args.prompt, args.prompt_file, args.output, args.stats, traced, args.raw)
-    if args.interactive and any(elsewhere):
+    if args.interactive and any((*elsewhere, args.skip_invalid)):
         raise UserError(
-            "--interactive reads prompts from you, and uses the chat template; leave out "
-            "--prompt, --prompt-file, --output, --stats, --trace, --lens and --raw"
+            "--interactive reads prompts from you, and uses the chat template; leave out --prompt, "
+            "--prompt-file, --skip-invalid, --output, --stats, --trace, --lens and --raw"
         )
     if args.template is not None and args.raw:
         raise UserError("--raw leaves out the chat template; leave out --template")
@@ -98,19 +103,30 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--output may continue an older run; leave out --trace and --lens")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads should be at least 1, not {args.threads}")
-    files = [path for path in (args.stats, args.trace, args.lens) if path is not None]
-    if len({path.absolute() for path in files}) < len(files):
-        raise UserError(f"{files[-1]} is named twice; give each output a file of its own")
-    for path in files:
-        _check_writable(path)
+    outputs = [p for p in (args.output, args.stats, args.trace, args.lens) if p is not None]
+    if STDIN in outputs:
+        raise UserError("- is no output file; text goes to standard output without it")
+    read = [] if args.prompt_file in (None, STDIN) else [args.prompt_file]
+    places: set[str] = set()
+    for path in [*read, *outputs]:
+        place = os.path.realpath(path)
+        device = os.path.exists(place) and not os.path.isfile(place)
+        if place in places and not device:
+            raise UserError(f"{path} is named twice; give each output a file of its own")
+        places.add(place)
+    for path in outputs:
+        check_writable(path)
 
 
-def _check_writable(path: Path) -> None:
-    existed = path.exists()
-    with writing(path), path.open("a"):
-        pass
-    if not existed:
-        path.unlink(missing_ok=True)
+@contextmanager
+def _memory(doing: str, mend: str) -> Iterator[None]:
+    """Around what may need more memory than there is, which becomes a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            raise UserError(f"out of memory while {doing}; {mend}") from None
+        raise
 
 
 @contextmanager
@@ -179,9 +195,13 @@ def _write(
     options |= _options(args)
     doing = "compiling; this takes about half a minute" if args.compile else "reading the prompt"
     if args.output is not None:
-        return run_batch(
-            engine, prompts, policy, args.output, most, sampling, quiet=args.quiet, **options
-        )
+        options |= {"quiet": args.quiet, "skip_invalid": args.skip_invalid}
+        return run_batch(engine, prompts, policy, args.output, most, sampling, **options)
+    asked = {"system": args.system, "raw": args.raw, "think": args.think}
+    good, encoded, bad = encode_all(engine, policy, prompts, **asked)
+    refuse(bad, len(prompts), args.skip_invalid)
+    for line in listed(bad):
+        say(f"left out: {line}")
     trace = Trace() if args.trace or args.lens else None
     with saying(doing, args.quiet) as begun:
 
@@ -189,17 +209,17 @@ def _write(
             begun()
             say(told, args.quiet or not told)
 
-        screen = Screen(engine, prompts, args.num_samples, on_first)
-        result = engine.generate(
-            [prompt.prompt for prompt in prompts],
-            policy,
-            [prompt.max_new_tokens or most for prompt in prompts],
-            sampling,
-            on_token=screen.on_token,
-            on_finish=screen.on_finish,
-            trace=trace,
-            **options,
-        )
+        with naming(good), Screen(engine, good, args.num_samples, on_first) as screen:
+            result = engine.generate(
+                encoded,
+                policy,
+                [prompt.max_new_tokens or most for prompt in good],
+                sampling,
+                on_token=screen.on_token,
+                on_finish=screen.on_finish,
+                trace=trace,
+                **options,
+            )
     screen.close(result)
     if args.trace is not None:
         trace.write(args.trace)
@@ -213,10 +233,22 @@ def main(argv: list[str] | None = None) -> int:
         with warnings_in_lines():
             return run(argv)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        for line in error.lines():
+            print("error:", line, file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before there was any text
         return 130
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _close_output()
+        print(f"error: cannot write the text: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _close_output() -> None:
+    """What it could not take is gone, and Python must not try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

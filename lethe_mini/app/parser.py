@@ -14,7 +14,7 @@ from ..generation.sampling import Sampling
 from ..options import Budget, check_budget, show_budget
 from ..policies import POLICIES, find_policy
 from ..policy import Policy
-from .batch import Prompt, read_prompts
+from .prompts import Prompt, read_prompts, refuse
 
 MAX_NEW_TOKENS = 512
 PROMPT = "Explain, step by step, why the sky is blue and sunsets are red."
@@ -62,7 +62,9 @@ def _add_model(group) -> None:
     add("--revision", help="branch, tag or commit of a hub id")
     add("--prompt", action="append", help="a prompt; several are one batch")
     add("--prompt-file", type=Path, help="one prompt a line; .jsonl: objects with prompt or "
-        "messages, id, ...")  # fmt: skip
+        "messages, id, ...; -: standard input")  # fmt: skip
+    add("--skip-invalid", action="store_true", help="leave out prompts that cannot be run, and say "
+        "why")  # fmt: skip
     add("--interactive", action="store_true", help="a chat that keeps its cache; /exit ends it")
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", help="a system message before the prompt")
@@ -190,9 +192,17 @@ def build_policy(kind: type[Policy], args: argparse.Namespace) -> Policy:
 
 
 def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """Those of --prompt or of --prompt-file; none where the command is to choose one."""
+    """Those of --prompt or of --prompt-file; none where the command is to choose one. Raises
+    UserError for those that cannot be run whatever the model is, unless they are left out."""
     if args.prompt and args.prompt_file is not None:
         raise UserError("give --prompt or --prompt-file, not both")
     if args.prompt_file is not None:
-        return read_prompts(args.prompt_file, args.raw, args.system)
-    return [Prompt(number, text) for number, text in enumerate(args.prompt or [], 1)]
+        prompts = read_prompts(args.prompt_file, args.raw, args.system)
+        refuse([prompt for prompt in prompts if prompt.error], len(prompts), args.skip_invalid)
+        return prompts
+    texts = args.prompt or []
+    several = len(texts) > 1
+    return [
+        Prompt(number, text, None, number, f"prompt {number}" if several else "")
+        for number, text in enumerate(texts, 1)
+    ]

@@ -13,7 +13,7 @@ from ..generation.sampling import Sampling
 from ..generation.stats import Result
 from ..options import show_budget
 from ..policy import Policy, Pruner
-from .batch import Prompt
+from .prompts import Prompt
 
 PATIENCE = 2.0  # seconds of silence before the command says what it is doing
 
@@ -54,7 +54,8 @@ def saying(text: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
 
 
 class Screen:
-    """Prints a single sequence as it grows; of several, each whole when it ends.
+    """Prints a single sequence as it grows; of several, each whole when it ends. Within it,
+    an error ends the line of a text that has begun.
 
     on_first: called before the first token is printed.
     """
@@ -70,6 +71,14 @@ class Screen:
         self.left = set(range(len(self.names)))
         self.stream = engine.text.stream() if len(self.names) == 1 else None
         self.on_first, self.waits = on_first, True
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        failed = kind is not None and not issubclass(kind, OSError)  # which a print may have raised
+        if failed and self.stream is not None and not self.waits:
+            print(self.stream.flush(), flush=True)
 
     def on_token(self, index: int, token: int) -> None:
         if self.waits:

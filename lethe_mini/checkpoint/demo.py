@@ -30,15 +30,20 @@ OTHERWISE = "or name a model of your own with --model FOLDER"
 
 
 def cache_root() -> Path:
-    """Where demo folders are kept."""
-    if chosen := os.environ.get("LETHE_MINI_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where demo folders are kept. Raises UserError where there is no home folder."""
+    try:
+        if chosen := os.environ.get("LETHE_MINI_CACHE"):
+            return Path(chosen).expanduser()
+        if sys.platform == "win32":
+            root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            root = Path.home() / "Library" / "Caches"
+        else:
+            root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise UserError(
+            f"there is no home folder for a cache; set LETHE_MINI_CACHE, {OTHERWISE}"
+        ) from None
     return Path(root) / "lethe-mini"
 
 
@@ -55,13 +60,13 @@ def converted(name: str, what: str, fetch: Callable[[Path], Path]) -> Path:
     if (folder / "config.json").is_file():
         return folder
     import_gguf()  # before anything is fetched in vain
-    print(f"fetching {what} into {folder}", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # On the cache's own disk, which has to have the room anyway; /tmp is often small.
         with tempfile.TemporaryDirectory(
             prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
         ) as temporary:
+            print(f"fetching {what} into {folder}", file=sys.stderr)
             gguf = fetch(Path(temporary))
             print("converting it", file=sys.stderr)
             try:
@@ -71,7 +76,7 @@ def converted(name: str, what: str, fetch: Callable[[Path], Path]) -> Path:
                     raise
     except OSError as error:
         raise UserError(
-            f"cannot write {folder} ({error}); set LETHE_MINI_CACHE, {OTHERWISE}"
+            f"cannot write {folder} ({error.strerror or error}); set LETHE_MINI_CACHE, {OTHERWISE}"
         ) from None
     return folder
 

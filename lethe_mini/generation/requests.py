@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from ..cache import KVCache
-from ..errors import UserError
+from ..errors import PromptError, UserError
 from ..kernels import PREFILL_CHUNK, best_size
 
 POSITIONS = ("absolute", "compact")
@@ -47,9 +47,17 @@ def read_request(
     limits = _limits(prompts, max_new_tokens, num_samples, batch_size, prefill_chunk)
     sequences = len(limits) * num_samples
     _check_cache(cache, policy, positions, sequences)
-    encoded = _encode(engine, prompts, policy, system, raw, think, cache)
+    seen = 0 if cache is None else cache.next_angle(0)
+
+    def encoded(number: int, prompt) -> list[int]:
+        try:
+            return encode(engine, policy, prompt, system, raw, think, seen)
+        except UserError as error:
+            raise PromptError(number, str(error), len(limits) == 1) from None
+
+    ids = [encoded(number, prompt) for number, prompt in enumerate(prompts)]
     together = batch_size or sequences
-    return Request(encoded, limits, num_samples, together, prefill_chunk, positions, cache)
+    return Request(ids, limits, num_samples, together, prefill_chunk, positions, cache)
 
 
 def _limits(
@@ -93,37 +101,33 @@ def _check_cache(cache: KVCache | None, policy, positions: str, sequences: int) 
         raise UserError("the cache was made for another policy or other positions")
 
 
-def _encode(
+def encode(
     engine,
-    prompts,
     policy,
-    system: str | None,
-    raw: bool,
-    think: bool | None,
-    cache: KVCache | None,
-) -> list[list[int]]:
-    """Every prompt's token ids. Raises UserError for one that the model or the policy cannot take;
-    cache: what has been read before it, if anything."""
-    seen = 0 if cache is None else cache.next_angle(0)
-    encoded, config = [], engine.model.config
-    for prompt in prompts:
-        if isinstance(prompt, str) or _are_messages(prompt):
-            if engine.text is None:
-                raise UserError("this engine has no tokenizer; give token ids")
-            blank = isinstance(prompt, str) and not prompt.strip()
-            prompt = [] if blank else engine.text.encode_prompt(prompt, system, raw, think)
-        ids = _token_ids(prompt)
-        if not ids:
-            raise UserError("the prompt is empty; give it some text")
-        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-            raise UserError(f"a prompt's token ids should be from 0 to {config.vocab_size - 1}")
-        room = config.max_position_embeddings - seen
-        if len(ids) > room:
-            raise UserError(f"the prompt has {len(ids)} tokens and the model takes {room}; cut it")
-        if not seen:
-            policy.check_prompt(len(ids))
-        encoded.append(ids)
-    return encoded
+    prompt,
+    system: str | None = None,
+    raw: bool = False,
+    think: bool | None = None,
+    seen: int = 0,
+) -> list[int]:
+    """One prompt's token ids. Raises UserError for one that the model or the policy cannot take;
+    seen: positions that are taken before it."""
+    if isinstance(prompt, str) or _are_messages(prompt):
+        if engine.text is None:
+            raise UserError("this engine has no tokenizer; give token ids")
+        blank = isinstance(prompt, str) and not prompt.strip()
+        prompt = [] if blank else engine.text.encode_prompt(prompt, system, raw, think)
+    ids, config = _token_ids(prompt), engine.model.config
+    if not ids:
+        raise UserError("the prompt is empty; give it some text")
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        raise UserError(f"a prompt's token ids should be from 0 to {config.vocab_size - 1}")
+    room = config.max_position_embeddings - seen
+    if len(ids) > room:
+        raise UserError(f"the prompt has {len(ids)} tokens and the model takes {room}; cut it")
+    if not seen:
+        policy.check_prompt(len(ids))
+    return ids
 
 
 def _are_messages(prompt) -> bool:

@@ -8,8 +8,15 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+from ..errors import PromptError
 from .requests import Request
+from .sampling import NO_TOKEN
 from .stats import Generated
+
+NO_LOGITS = (
+    "the model's logits are not numbers (NaN or infinite); try another dtype, such as "
+    "--dtype float32, or fetch the checkpoint again"
+)
 
 
 class Roster:
@@ -29,6 +36,7 @@ class Roster:
         on_finish: Callable[[int, Generated], None] | None,
     ):
         self.limits, self.num_samples = request.limits, request.num_samples
+        self.prompts = len(request.prompts)
         samples = range(self.num_samples)
         self.sequences = [Generated(len(ids)) for ids in request.prompts for _ in samples]
         self.pending = deque(range(len(self.sequences)))
@@ -57,7 +65,11 @@ class Roster:
         return [random.Random(f"{self.seed}-{number}").getrandbits(63) for number in numbers]
 
     def record(self, tokens: list[int], full: list[bool]) -> list[int]:
-        """Notes every row's new token; full: is there no further position? -> rows that go on."""
+        """Notes every row's new token; full: is there no further position? -> rows that go on.
+        Raises PromptError for a row that has none, before any of them is noted."""
+        if NO_TOKEN in tokens:
+            number = self.live[tokens.index(NO_TOKEN)] // self.num_samples
+            raise PromptError(number, NO_LOGITS, self.prompts == 1)
         going = []
         for row, (index, token) in enumerate(zip(self.live, tokens, strict=True)):
             one = self.sequences[index]

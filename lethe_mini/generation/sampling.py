@@ -7,6 +7,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels import uniform
 
+NO_TOKEN = -1  # in no vocabulary: there is nothing to choose from
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,12 +50,17 @@ class Sampling:
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     """(B, vocab) float32 -> (B,) tokens. draws: (2, B) int64, every sequence's seed, and how many
-    draws it has had, which is counted up."""
+    draws it has had, which is counted up.
+
+    NO_TOKEN where a row holds NaN or +inf, or nothing but -inf. The host, which looks at nothing
+    but the tokens, sees it there before any step reads it.
+    """
     draw = None
     if sampling.temperature:
         draw = uniform(*draws)
         draws[1].add_(1)
-    return pick(logits, draw, sampling)
+    tokens = pick(logits, draw, sampling)
+    return tokens.masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN)  # NaN is its row's maximum
 
 
 def pick(logits: Tensor, draw: Tensor | None, sampling: Sampling) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from ..errors import UserError, writing
+from ..errors import UserError, write_whole
 from .trace import Trace
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -50,6 +50,4 @@ def _shown(options: dict) -> dict:
 
 def write_page(traces: list[Trace], path: Path) -> None:
     """Writes the page to a file. Raises UserError as `page` does, or if it cannot be written."""
-    html = page(traces)
-    with writing(path):
-        path.write_text(html, encoding="utf-8")
+    write_whole(path, page(traces))

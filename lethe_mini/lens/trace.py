@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError, writing
+from ..errors import UserError, write_whole
 from .replay import check_trace, pack, runs
 
 FORMAT, VERSION = "lethe-mini trace", 1
@@ -122,9 +122,7 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """Raises UserError if the file cannot be written."""
-        text = json.dumps(self.data, separators=(",", ":"), allow_nan=False) + "\n"
-        with writing(path):
-            path.write_text(text, encoding="ascii")
+        write_whole(path, json.dumps(self.data, separators=(",", ":"), allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Trace":

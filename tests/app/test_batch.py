@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lethe_mini.engine
-from lethe_mini.app.batch import Prompt, read_prompts, run_batch
+from lethe_mini.app.batch import run_batch
 from lethe_mini.app.cli import main
+from lethe_mini.app.prompts import Prompt, read_prompts
 from lethe_mini.engine import Engine
 from lethe_mini.errors import UserError
 from lethe_mini.generation.sampling import Sampling
@@ -384,26 +385,6 @@ def test_a_bad_line_is_named_before_anything_is_computed(tmp_path, capsys, bad):
     assert "line 4" in error
     assert len(error.splitlines()) == 1
     assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (None, "cannot read"),
-        (b"", "no prompt"),
-        (b"\n \n", "no prompt"),
-        (b'{"prompt": "\xff"}', "UTF-8"),
-        (b'{"prompt": "a", "id": 7}\n{"prompt": "b", "id": 7}\n', "7 is there twice"),
-        (b'{"prompt": "a", "id": 2}\n{"prompt": "b"}\n', "2 is there twice"),
-    ],
-)
-def test_a_file_that_holds_no_prompts_is_refused(tmp_path, content, match):
-    """Missing, empty, not text, or with an id twice."""
-    file = tmp_path / "p.jsonl"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=match):
-        read_prompts(file)
 
 
 SYSTEM_TOO = '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}'

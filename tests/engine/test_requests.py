@@ -104,6 +104,18 @@ MESSAGES = [
 ]
 
 
+def test_of_several_prompts_the_first_bad_one_is_named(engine):
+    """By its number, from 1; a prompt that is alone needs none."""
+    with refused(r"^prompt 3: the prompt is empty; give it some text$") as caught:
+        engine.generate([[1], [2], [], []])
+    assert (caught.value.number, caught.value.reason) == (
+        2,
+        "the prompt is empty; give it some text",
+    )
+    with refused("^the prompt is empty"):
+        engine.generate([[]])
+
+
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
     """An engine with a tokenizer of bytes and a chat template."""

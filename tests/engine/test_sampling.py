@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from runs import Letters, ids, tokens_of
 
 from lethe_mini import Engine, Sampling, UserError
-from lethe_mini.generation.sampling import pick, sample
+from lethe_mini.generation.sampling import NO_TOKEN, pick, sample
 from lethe_mini.kernels import uniform
 
 NAN, INF = math.nan, math.inf
@@ -105,6 +105,26 @@ def test_a_sequences_token_is_its_own(rows, draws):
             for i in range(len(rows))
         ]
         assert together == alone
+
+
+ANY = st.lists(
+    st.sampled_from([0.0, 1.5, -3.0, 3e38, NAN, INF, -INF]) | st.floats(width=32),
+    min_size=5,
+    max_size=5,
+)
+
+
+@given(rows=st.lists(ANY, min_size=1, max_size=7))
+def test_a_row_that_is_not_numbers_has_no_token(rows):
+    """NaN anywhere, +inf, or nothing but -inf: NO_TOKEN, however tokens are chosen; the other rows
+    have theirs. -inf alone is a token that must not come."""
+    draws = torch.stack((torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.long)))
+    right = [not any(x != x or x == INF for x in row) and max(row) > -INF for row in rows]
+    for sampling in (Sampling(), Sampling(0.7), Sampling(1.0, 3, 0.9), Sampling(1e-40, 0, 1e-9)):
+        tokens = sample(torch.tensor(rows), draws.clone(), sampling).tolist()
+        assert [token != NO_TOKEN for token in tokens] == right
+        for row, token in zip(rows, tokens, strict=True):
+            assert token == NO_TOKEN or row[token] > -INF
 
 
 def splitmix(seed, count):
