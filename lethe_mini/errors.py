@@ -39,6 +39,11 @@ class UserErrors(UserError):
         return [" ".join(line.split()) for line in self.told]
 
 
+def one_line(error: Exception, most: int = 300) -> str:
+    """What an exception of another library says, in one line of so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint contradicts itself. The command line prints the message as one line."""
 

@@ -7,7 +7,7 @@ pre-tokenizer raises an error that names it.
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as cut
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 # A file may name one end token, and end a turn of its chat with another: these end a text wherever
@@ -83,7 +83,9 @@ def make_tokenizer(source, vocab_size: int) -> tuple[Tokenizer, dict[str, dict]]
     except UserError:
         raise
     except Exception as error:  # what `tokenizers` raises has no narrower type
-        raise UserError(f"the tokenizer is broken ({error!s:.80}); take another GGUF") from None
+        raise UserError(
+            f"the tokenizer is broken ({one_line(error, 80)}); take another GGUF"
+        ) from None
 
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
     config |= {f"{n}_token": tokens[ids[n]] for n in ("bos", "eos", "unk", "pad") if n in ids}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import UserError, warn
+from ..errors import UserError, one_line, warn
 from .config import first_of, read_json
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -81,10 +81,19 @@ def add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict, vocab_size: i
             tokenizer.add_tokens([token])
 
 
+def encoded(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """The ids of a text. Raises UserError where the tokenizer cannot do its work."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except Exception as error:  # the bindings raise nothing narrower
+        reason = one_line(error)
+        raise UserError(f"tokenizer.json cannot read a text ({reason}); fetch it again") from None
+
+
 def check_around(tokenizer: Tokenizer, folder: Path, settings: dict) -> None:
     """What goes before and after a text that no template wrote is up to tokenizer.json alone. Warns
     where `add_bos_token` or `add_eos_token` of tokenizer_config.json would have it otherwise."""
-    plain, whole = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+    plain, whole = (encoded(tokenizer, "a", flag) for flag in (False, True))
     starts = range(len(whole) - len(plain) + 1)
     at = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
     around = {"bos_token": whole[:at], "eos_token": whole[at + len(plain) :]}

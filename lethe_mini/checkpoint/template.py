@@ -15,7 +15,7 @@ from types import CodeType
 
 from jinja2.meta import find_undeclared_variables
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .config import read_json
 from .sandbox import ROOM, Sandbox, TooMuch
 
@@ -194,7 +194,3 @@ def _template_errors() -> Iterator[None]:
 
 def _list(names) -> str:
     return ", ".join(sorted(map(repr, names)))
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -14,16 +14,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .specials import (
     add_tokens,
     check_around,
+    encoded,
     find_ends,
     named_tokens,
     read_optional,
     read_settings,
 )
-from .template import ChatTemplate, check_messages, find_templates, one_line
+from .template import ChatTemplate, check_messages, find_templates
 
 MOST = sys.float_info.max  # a whole number in JSON may be larger
 # What generation_config.json may say about sampling, in which range and in words.
@@ -82,7 +83,7 @@ class Text:
             text.encode()
         except UnicodeEncodeError:
             raise UserError("the text is not valid Unicode; save it as UTF-8") from None
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return encoded(self._tokenizer, text, add_special_tokens)
 
     def encode_end(self, text: str, end: str) -> list[int]:
         """The ids of `end`, as they are in those of `text`, which ends with it: some tokenizers put

@@ -675,3 +675,14 @@ def test_damaged_settings_are_one_line(tmp_path, name):
     (folder / f"{name}.json").write_text("{")
     with pytest.raises(UserError, match=f"{name}.json is not JSON"):
         Text(folder)
+
+
+def test_a_tokenizer_that_cannot_read_a_text_is_one_line(tmp_path):
+    """Its unknown token is not in its vocabulary: it fails at the first unknown word."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    folder = tmp_path / "m"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match="cannot read a text") as caught:
+        Text(folder).encode("b")
+    assert len(str(caught.value).splitlines()) == 1
