@@ -99,10 +99,12 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path, monkeypatch):
         Appender(tmp_path / "none" / "lines")
     with pytest.raises(UserError, match=r"cannot write .*none/json"):
         write_json(tmp_path / "none" / "json", Namespace(), {})
+    write = os.write
     with Appender(tmp_path / "lines") as file:
-        monkeypatch.setattr(os, "write", lambda *_: 3)
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))
         with pytest.raises(UserError, match="the disk is full"):
             file.write("a line")
+    assert (tmp_path / "lines").read_bytes() == b""
 
 
 def test_a_line_is_one_call(tmp_path, monkeypatch):
