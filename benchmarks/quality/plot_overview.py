@@ -3,7 +3,8 @@
     python -m benchmarks.quality.plot_overview [docs/QUALITY.md] [docs/overview.svg]
 
 One panel for puzzles (more is better), one each for a model's own reasoning and for prose (less is
-better), against the budget. Needs matplotlib: pip install 'lethe-mini[plot]'.
+better), against the budget. Texts show the Kullback-Leibler divergence from the full cache, which
+is steadier than nats. Needs matplotlib: pip install 'lethe-mini[plot]'.
 """
 
 import argparse
@@ -25,8 +26,8 @@ LINES = {
 # Heading of a section, words before its table, and what the panel shows.
 PANELS = {
     "walks, whole chain right, %": ("Accuracy at a budget", "prompt protected"),
-    "own reasoning, nats over full": ("Own chains", "over full"),
-    "prose, nats over full": ("Prose", "over full"),
+    "own reasoning, KL from full": ("Own chains", "KL"),
+    "prose, KL from full": ("Prose", "KL"),
 }
 
 
@@ -57,9 +58,8 @@ def curves(page: str) -> dict[str, dict[str, dict[float, float]]]:
             if cells[0] not in LINES:
                 continue
             curve = panel.setdefault(cells[0], {})
-            if "over full" in words:
-                at = next(i for i, cell in enumerate(head) if words in cell)
-                curve[float(cells[1].rstrip("%"))] = number(cells[at])
+            if words == "KL":  # a figure of a row
+                curve[float(cells[1].rstrip("%"))] = number(cells[head.index(words)])
             else:
                 for column, cell in zip(head[1:], cells[1:], strict=True):
                     curve[float(column.partition("%")[0])] = number(cell)
@@ -84,9 +84,11 @@ def draw(panels: dict, out: Path) -> None:
             one.set_title(title, loc="left", fontsize=10)
             one.set_xlabel("budget, % of the text")
             one.set_xscale("log")
+            one.set_xlim(4.5, 56)
             one.set_xticks([5, 10, 25, 50], ["5", "10", "25", "50"])
+            if "KL" in title:
+                one.set_yscale("log")
             one.minorticks_off()
-            one.set_ylim(0, None)
             one.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
         axes[0].set_ylim(0, 102)
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -338,7 +338,7 @@ def test_a_pruner_without_importance_says_what_it_lacks():
 
 PUBLIC = """
 Engine Sampling UserError Policy Pruner FullKV Lethe LethePlus StreamingLLM H2O TOVA SnapKV
-PyramidKV RKV RandomKV Recall Result Stats Generated
+PyramidKV RKV RandomKV Recall Result Stats Generated CheckpointWarning
 """
 
 
