@@ -179,7 +179,10 @@ def load_weights(
         # Reopening now and then frees the pages that were copied already.
         with _opened(file) as tensors:
             for name, key in keys.items():
-                weights[name].copy_(tensors.get_tensor(key))
+                stored = tensors.get_tensor(key)
+                if stored.shape != weights[name].shape:  # it had the right one a moment ago
+                    raise UserError(f"{file} changed while it was read; try again")
+                weights[name].copy_(stored)
 
     if head is not None:
         with _opened(head[0]) as tensors:

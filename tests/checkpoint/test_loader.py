@@ -226,6 +226,25 @@ def test_a_file_of_many_small_tensors_is_opened_few_times(tmp_path, monkeypatch)
     assert 4 < len(opened) < 20
 
 
+@pytest.mark.parametrize(
+    ("shape", "match"), [((24, 3), "changed while it was read"), (None, "damaged")]
+)
+def test_a_file_that_changes_while_it_is_read_is_one_line(tmp_path, monkeypatch, shape, match):
+    """After its header was checked a tensor has another shape, or is gone."""
+    tensors, portions = checkpoint(CONFIG), loader._portions
+    folder = write(tmp_path / "m", tensors)
+
+    def changed(*args):
+        del tensors["model.norm.weight"]
+        if shape is not None:
+            tensors["model.norm.weight"] = torch.zeros(shape)
+        save_file(tensors, folder / "model.safetensors")
+        yield from portions(*args)
+
+    monkeypatch.setattr(loader, "_portions", changed)
+    refused(folder, match)
+
+
 # --- what does not fit
 
 
