@@ -18,25 +18,15 @@ import torch
 from benchmarks.common.commands import user_errors
 from benchmarks.common.hardware import hardware
 from benchmarks.common.results import write_json
+from benchmarks.speed.ours import random_model
 from benchmarks.speed.rows import quartiles
-from benchmarks.speed.shapes import SHAPES, fill_random
+from benchmarks.speed.shapes import SHAPES
 from lethe_mini.cache import KVCache
-from lethe_mini.checkpoint.config import parse_config
 from lethe_mini.experts import Experts
 from lethe_mini.model import Transformer
 
 SHAPE = "qwen3-30b-a3b"
 DENSE = "Qwen3ForCausalLM"
-
-
-def random_model(sizes: dict, dtype: torch.dtype) -> Transformer:
-    """A model on the CPU whose weights are small random numbers."""
-    with torch.device("meta"):
-        model = Transformer(parse_config(sizes))
-    model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-    fill_random(model.parameters())
-    model.init_rope("cpu")
-    return model.eval()
 
 
 def pair(shape: str, layers: int, dtype: torch.dtype) -> tuple[Transformer, Transformer]:

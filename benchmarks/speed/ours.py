@@ -26,6 +26,18 @@ ROUNDS = 3  # how often a round is timed, each on a copy of its own
 UNLIMITED = 1 << 24  # a budget above any text
 
 
+def random_model(sizes: dict, dtype: torch.dtype, device: str = "cpu") -> Transformer:
+    """A model of a shape (shapes.py) whose weights are small random numbers."""
+    with torch.device("meta"):
+        model = Transformer(parse_config(sizes))
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    fill_random(model.parameters())
+    model.init_rope(device)
+    return model.eval()
+
+
 class Ours(System):
     """This package. settings: `compile`, `policy` (a name), `share` of the prompt or `budget`."""
 
@@ -38,7 +50,8 @@ class Ours(System):
             names = (settings["folder"], settings["device"], settings["dtype"])
             self.engine = Engine.from_pretrained(*names, compile=settings["compile"])
         else:
-            self.engine = Engine(self._random_model(getattr(torch, settings["dtype"])))
+            sizes, dtype = SHAPES[settings["shape"]], getattr(torch, settings["dtype"])
+            self.engine = Engine(random_model(sizes, dtype, settings["device"]))
             if settings["compile"]:
                 self.engine.model.compile()
         self.policy = self._policy(None)
@@ -55,16 +68,6 @@ class Ours(System):
             "layers": self.engine.model.config.num_hidden_layers,
             "token_bytes": token_bytes(self.engine.new_cache(self.policy)),
         }
-
-    def _random_model(self, dtype):
-        with torch.device("meta"):
-            model = Transformer(parse_config(SHAPES[self.settings["shape"]]))
-        model = model.to(dtype).to_empty(device=self.settings["device"]).requires_grad_(False)
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
-        fill_random(model.parameters())
-        model.init_rope(self.settings["device"])
-        return model.eval()
 
     def _policy(self, length: int | None):
         """The policy for a prompt of so many tokens. Its budget is a number and alone decides how
