@@ -38,7 +38,8 @@ class ChatTemplate:
             known = f"its templates are {_list(self.named)}" if self.named else "it has none at all"
             raise UserError(f"this model has no chat template {name!r}; {known}")
         self.name = name
-        self.__dict__.pop("_code", None)
+        for derived in ("_code", "_reads"):
+            self.__dict__.pop(derived, None)
 
     @property
     def source(self) -> str:
@@ -56,6 +57,11 @@ class ChatTemplate:
     @cached_property
     def _code(self) -> CodeType:
         return Sandbox().compiled(self.source)
+
+    @cached_property
+    def _reads(self) -> set[str]:
+        """The names that the program expects to be given."""
+        return find_undeclared_variables(Sandbox().parse(self.source if self.named else ""))
 
     def chat(self, messages: list[dict], think: bool | None = None) -> str:
         """`messages`, each with role and content, as the model was trained to see them, up to where
@@ -112,10 +118,9 @@ class ChatTemplate:
             return
         if type(think) is not bool:
             raise UserError(f"think should be True, False or None, not {think!r:.80}")
-        source = self.source if self.named else ""
         with _template_errors():
-            names = find_undeclared_variables(Sandbox().parse(source))
-        if "enable_thinking" not in names:
+            knows = "enable_thinking" in self._reads
+        if not knows:
             raise UserError("this model has no switch for thinking; leave out --think, --no-think")
 
 
