@@ -29,7 +29,31 @@ TEMPLATE = (
 )
 # As Qwen3's does, this template writes a thought into the last reply, even an empty one, leaves out
 # those before the last question, and lets `enable_thinking` put an empty thought at the end.
-THINKING = r"""
+REPLY = r"""
+        {%- set thought = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in said %}
+            {%- set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1] %}
+            {%- set said = said.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|start|>assistant\n' }}
+        {%- if loop.index0 > seen.question and (loop.last or thought) %}
+            {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + said.lstrip('\n') }}
+        {%- else %}
+            {{- said }}
+        {%- endif %}
+        {{- '<|end|>\n' }}
+"""
+HEAD_OF_REPLY = r"""
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
+THINKING = (
+    r"""
 {%- if not messages %}
     {{- raise_exception('there should be a message') }}
 {%- endif %}
@@ -49,32 +73,17 @@ THINKING = r"""
 {%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
-        {%- set said, thought = message.content, '' %}
-        {%- if message.reasoning_content is string %}
-            {%- set thought = message.reasoning_content %}
-        {%- elif '</think>' in said %}
-            {%- set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1] %}
-            {%- set said = said.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {{- '<|start|>assistant\n' }}
-        {%- if loop.index0 > seen.question and (loop.last or thought) %}
-            {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + said.lstrip('\n') }}
-        {%- else %}
-            {{- said }}
-        {%- endif %}
-        {{- '<|end|>\n' }}
+        {%- set said = message.content %}"""
+    + REPLY
+    + r"""
     {%- elif message.role in ('system', 'user') %}
         {{- '<|start|>' + message.role + '\n' + message.content + '<|end|>\n' }}
     {%- else %}
         {{- raise_exception('no role is called ' + message.role | tojson) }}
     {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}"""
+{%- endfor %}"""
+    + HEAD_OF_REPLY
+)
 SIZES = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 258,

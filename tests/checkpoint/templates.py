@@ -4,7 +4,15 @@ They are written anew. What they share with the originals is what a renderer mus
 namespaces, `loop`, macros, slices, methods of strings, tests, filters, and white space.
 """
 
+import tiny
+
 FAMILIES = {}
+
+
+def marked(source):
+    """A piece of tiny's template with the marks of Qwen."""
+    return source.replace(tiny.START, "<|im_start|>").replace(tiny.END, "<|im_end|>")
+
 
 # A system text goes into the first question; roles alternate, or the template refuses them.
 FAMILIES["llama-2"] = """\
@@ -103,7 +111,8 @@ FAMILIES["qwen-2"] = """\
 {{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-FAMILIES["qwen-3"] = """\
+FAMILIES["qwen-3"] = (
+    """\
 {%- if tools %}
     {%- for tool in tools %}
         {{- "\\n" + tool | tojson }}
@@ -117,23 +126,13 @@ FAMILIES["qwen-3"] = """\
         {%- set seen.question = messages | length - loop.index %}
     {%- endif %}
 {%- endfor %}
-{%- for m in messages %}
+{%- for message in messages %}
+    {%- set m = message %}
     {%- set text = m.content if m.content is string else '' %}
     {%- if m.role == "assistant" %}
-        {%- set thought = '' %}
-        {%- if m.reasoning_content is string %}
-            {%- set thought = m.reasoning_content %}
-        {%- elif '</think>' in text %}
-            {%- set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1] %}
-            {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > seen.question and (loop.last or thought) %}
-            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + text.lstrip('\\n') }}
-        {%- else %}
-            {{- text }}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
+        {%- set said = text %}"""
+    + marked(tiny.REPLY)
+    + """
     {%- elif m.role == "tool" %}
         {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}
             {{- '<|im_start|>user' }}
@@ -145,13 +144,9 @@ FAMILIES["qwen-3"] = """\
     {%- elif m.role == "user" or loop.first %}
         {{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>' + '\\n' }}
     {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
+{%- endfor %}"""
+    + marked(tiny.HEAD_OF_REPLY)
+)
 
 FAMILIES["deepseek-r1"] = """\
 {% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
