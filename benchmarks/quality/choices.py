@@ -29,6 +29,14 @@ PLAIN = {
     "distinct_ratio": 0.0,
 }
 COMBINED = {"allocation": "inverse_hoyer", "gamma": 0.995, "per_head": True, "value_norm": True}
+# LethePlus as it is, less one of its parts.
+TAKEN = {
+    "plus-inverse": {"allocation": "inverse_hoyer"},
+    "plus-no-distinct": {"distinct_ratio": 0.0},
+    "plus-no-lag": {"lag": 0},
+    "plus-no-even": {"even_share": 0.0, "cap": 0.0},
+    "plus-no-heads": {"per_head": False},
+}
 CHOICES: dict[str, tuple[type[Policy], dict]] = {
     "full": (FullKV, {}),
     **{name: (POLICIES[name], {}) for name in ("random", "streaming", "h2o", "tova")},
@@ -47,7 +55,9 @@ CHOICES: dict[str, tuple[type[Policy], dict]] = {
     "values": (LethePlus, PLAIN | {"value_norm": True}),
     "slow-head": (LethePlus, PLAIN | {"gamma": 0.995, "per_head": True}),
     "combined": (LethePlus, PLAIN | COMBINED),
+    **{name: (LethePlus, changes) for name, changes in TAKEN.items()},
 }
+USUAL = [name for name in CHOICES if name not in ("full", *TAKEN)]  # what runs by default
 
 
 @dataclass

@@ -54,6 +54,7 @@ from benchmarks.quality.choices import (
     BUDGETS,
     CHOICES,
     PROTECT,
+    USUAL,
     Cell,
     at_equal_budget,
     budget_text,
@@ -399,9 +400,8 @@ def shared(parser: argparse.ArgumentParser, model: str, interval: int, choices: 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
-    choices = [name for name in CHOICES if name != "full"]
     solve = tasks.add_parser("reason", help="problems that the reasoner solves step by step")
-    shared(solve, "reasoner", 16, [name for name in choices if name in POLICIES])
+    shared(solve, "reasoner", 16, [name for name in USUAL if name in POLICIES])
     reason.add_problems(solve)
     add = solve.add_argument
     add(
@@ -413,12 +413,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--read", action="store_true", help="read the right chains instead of writing")
     add("--until-wrong", action="store_true", help="with --read: stop at a chain's first error")
     prose = tasks.add_parser("prose", help="nats per token, and agreement with the full cache")
-    shared(prose, "demo", 128, choices)
+    shared(prose, "demo", 128, USUAL)
     add = prose.add_argument
     add("--prompt", type=int, default=128, help="tokens that are the prompt (%(default)s)")
     add("--texts", type=int, default=10, help="how many (default: %(default)s)")
     add("--tokens", type=int, default=2304, help="of each (default: %(default)s)")
-    add("--rival", default="random", choices=choices, help="policy to compare with (%(default)s)")
+    add("--rival", default="random", choices=USUAL, help="policy to compare with (%(default)s)")
     add(
         "--block",
         type=int,
@@ -426,7 +426,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens that the bootstrap draws together (%(default)s)",
     )
     chains = tasks.add_parser("own", help="the same, on what the model itself wrote")
-    shared(chains, "demo", 64, choices)
+    shared(chains, "demo", 64, USUAL)
     chains.set_defaults(prompt=0)  # every text has its own
     add = chains.add_argument
     add("--problems", default="gym:gsm_symbolic", help="gym:NAME,NAME or FILE.jsonl (%(default)s)")
@@ -436,10 +436,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=1500, help="least of a text (default: %(default)s)")
     add("--alone", action="store_true", help="one problem a text, instead of as many as it takes")
     add("--texts", type=int, default=16, help="most of them (default: %(default)s)")
-    add("--rival", default="random", choices=choices, help="policy to compare with (%(default)s)")
+    add("--rival", default="random", choices=USUAL, help="policy to compare with (%(default)s)")
     add("--block", type=int, default=128, help="tokens that the bootstrap draws together (128)")
     needle = tasks.add_parser("needle", help="recall of a fact stated once")
-    shared(needle, "demo", 128, choices)
+    shared(needle, "demo", 128, USUAL)
     add = needle.add_argument
     add("--prompt", type=int, default=128, help="tokens that are the prompt (%(default)s)")
     add("--needles", type=int, default=100, help="for each length (default: %(default)s)")

@@ -378,7 +378,9 @@ def test_every_choice_is_what_its_name_says():
     for name, (make, changes) in choices.CHOICES.items():
         policy = make() if name == "full" else make(budget=300, protect_prompt=False, **changes)
         policy.check_prompt(0)
-        if changes and name not in ("slow-head", "hoyer-even", "combined", "lethe-hoyer"):
+        if name in choices.TAKEN:
+            assert all(getattr(make(budget=300), key) != value for key, value in changes.items())
+        elif changes and name not in ("slow-head", "hoyer-even", "combined", "lethe-hoyer"):
             assert make is LethePlus
             assert changes.keys() == plain.keys()
             assert sum(changes[key] != plain[key] for key in plain) == (name != "uniform")
