@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .kernels import BLOCK, Store, blocks, gathered, grown, kept_slots, spare, to_device, widest
+from .peers import ALONE
 from .rope import rope_cos_sin, rotate
 
 
@@ -48,7 +49,7 @@ class LayerCache:
     of its slot, not of its position."""
 
     def __init__(self, index, config, seen: Seen, dtype, compact, inv_freq, notes: Notes):
-        self.index, self.seen, self.notes = index, seen, notes
+        self.index, self.seen, self.notes, self.peers = index, seen, notes, ALONE
         self.compact, self.inv_freq = compact, inv_freq
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         batch, device = len(seen.counts), seen.next.device
@@ -169,10 +170,8 @@ class LayerCache:
 
 
 class KVCache:
-    """The layers' caches, and what is counted once per sequence.
-
-    config: the model's; compact: keys turn to their slots at every round; notes: see Notes.
-    """
+    """The layers' caches, and what is counted once per sequence. config: the model's; compact: keys
+    turn to their slots at every round; notes: see Notes."""
 
     def __init__(
         self, config, batch=1, dtype=None, device="cpu", compact=False, notes: Notes = Notes()
@@ -186,7 +185,7 @@ class KVCache:
             for index in range(config.num_hidden_layers)
         ]
         self.prompt = [0] * batch  # of the tokens seen, those of the prompt
-        self._measured = -1
+        self._measured, self.peers = -1, ALONE
 
     seen = property(lambda self: self.tokens.counts)  # tokens seen: the next position
     next = property(lambda self: self.tokens.next)  # (B,) int64, the same on the device

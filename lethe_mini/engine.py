@@ -34,17 +34,18 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, device="auto", dtype="auto", revision: str | None = None, compile=False
+        cls, model: str, device="auto", dtype="auto", revision=None, compile=False, parallel=None
     ) -> "Engine":
-        """model: a folder, a hub id, "reasoner" or "demo"; compile: decode through torch.compile,
-        which takes half a minute and on a CPU a C++ compiler. Raises UserError for what cannot be
-        loaded."""
+        """model: a folder, a hub id, "reasoner" or "demo"; revision: of a hub id. compile: decode
+        through torch.compile, which takes half a minute and on a CPU a C++ compiler. parallel:
+        "tensor" or "layers", over torchrun's processes. Raises UserError for what cannot be."""
         from .checkpoint.load import load
         from .checkpoint.text import Text
+        from .parallel import load_divided
 
-        folder, transformer = load(model, device, dtype, revision)
-        if compile:
-            transformer.compile()
+        if parallel is not None:
+            return load_divided(model, device, dtype, revision, compile, parallel)
+        folder, transformer = load(model, device, dtype, revision, compile)
         return cls(transformer, Text(folder), model)
 
     @torch.inference_mode()
@@ -72,15 +73,14 @@ class Engine:
     ) -> Result:
         """Continues prompts (text, messages or token ids) until they end, or by `max_new_tokens`.
 
-        policy: FullKV() by default. sampling: the model's own by default, or greedy; its fields may
-        be given as they are, `temperature=0.7`. num_samples: sequences per prompt, which share its
-        prefill. batch_size: sequences at once, all by default. think: what the chat template is
-        told. positions: "absolute", or "compact", where keys are turned to their slots, so that
-        text may outgrow the model's positions. cache: what `new_cache` gave and earlier calls
-        filled; its sequence goes on with the only prompt. on_token(sequence, token),
-        on_finish(sequence, generated) and on_step(cache) are called as it happens. trace: a new
-        lens Trace, which then holds what every round dropped. Ctrl-C ends the run and returns what
-        there is. Raises UserError for what cannot be done, before anything is computed.
+        policy: FullKV() by default. sampling: the model's own by default, or greedy; or by field,
+        `temperature=0.7`. num_samples: sequences per prompt, which share its prefill. batch_size:
+        sequences at once, all by default. think: what the chat template is told. positions:
+        "absolute", or "compact", where keys are turned to their slots, so that text may outgrow the
+        model's positions. cache: what `new_cache` gave and earlier calls filled; its sequence goes
+        on with the only prompt. on_token(sequence, token), on_finish(sequence, generated) and
+        on_step(cache) are called as it happens. trace: a new lens Trace, for what rounds drop.
+        Ctrl-C ends the run and returns what there is. Raises UserError before it computes anything.
         """
         policy = FullKV() if policy is None else policy
         sampling = Sampling.of(sampling, draws, self.text)

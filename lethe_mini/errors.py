@@ -15,6 +15,8 @@ from pathlib import Path
 
 
 class UserError(ValueError):
+    code = 2  # the command's exit code
+
     def lines(self) -> list[str]:
         """What is told, an error a line."""
         return [" ".join(str(self).split())]

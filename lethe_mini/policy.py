@@ -19,6 +19,7 @@ from .cache import KVCache, LayerCache, Notes
 from .errors import UserError
 from .kernels import to_device, widest
 from .options import Limits, check_options, option, part, split_budget
+from .peers import ALONE
 
 
 def hoyer(scores: Tensor, lengths: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def rank(importance: Tensor, valid: Tensor) -> Tensor:
     return ranked.shape[-1] - 1 - ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def choose(importance: Tensor, always: Tensor, valid: Tensor, salient: Tensor, share: Tensor):
+def choose(importance, always: Tensor, valid: Tensor, salient, share: Tensor, peers=ALONE):
     """What R sequences keep in a layer: (R, H_kv, S) bool, and how many slots of each head, (R,).
 
     importance: (R, 1 or H_kv, S); always: (R, H_kv, S) and valid: (R, 1, S) bool; salient, share:
@@ -77,7 +78,8 @@ def choose(importance: Tensor, always: Tensor, valid: Tensor, salient: Tensor, s
     stays = always.gather(-1, order)  # the same, by rank
     first = torch.arange(order.shape[-1], device=order.device) < salient[:, None, None]
     least = always.sum(-1)  # (R, H_kv)
-    n = (stays | first).sum(-1).amax(-1).minimum(share).maximum(least.amax(-1))
+    n = (stays | first).sum(-1).minimum(share[:, None]).maximum(least)  # of each head by itself
+    n = peers.heads(n).amax(-1)
     others = (~stays).cumsum(-1)  # 1 for the best of those that need not stay
     chosen = stays | (others <= (n[:, None] - least)[..., None])  # eq. 4; n in every head
     return always.scatter(-1, order, chosen), n
@@ -184,10 +186,9 @@ class Pruner(Limits, Policy):
         return split_budget(totals, weights[index], floors, held).t()
 
     def due(self, cache: KVCache, prefilled: bool = False) -> list[bool]:
-        return [
-            (prefilled or (seen - prompt) % self.interval == 0) and self.wants(cache, row)
-            for row, (seen, prompt) in enumerate(zip(cache.seen, cache.prompt, strict=True))
-        ]
+        pairs = zip(cache.seen, cache.prompt, strict=True)
+        on_time = [prefilled or (seen - prompt) % self.interval == 0 for seen, prompt in pairs]
+        return [ready and self.wants(cache, row) for row, ready in enumerate(on_time)]
 
     def wants(self, cache: KVCache, row: int) -> bool:
         """Does this sequence hold more than it should?"""
@@ -197,8 +198,8 @@ class Pruner(Limits, Policy):
 
     def sparsity(self, cache: KVCache) -> Tensor:
         """(B, L): how concentrated each layer's attention is, the mean over heads."""
-        layers = [hoyer(self.scores(layer), layer.filled[:, None]) for layer in cache.layers]
-        return torch.stack([heads.mean(1) for heads in layers], dim=1)
+        pairs = [(x.peers, hoyer(self.scores(x), x.filled[:, None])) for x in cache.layers]
+        return cache.peers.layers(torch.stack([p.heads(x).mean(1) for p, x in pairs], dim=1))
 
     def round(self, cache: KVCache, due: list[bool]) -> Round:
         rows = [row for row, ready in enumerate(due) if ready]
@@ -209,7 +210,7 @@ class Pruner(Limits, Policy):
         pairs = zip(cache.layers, shares, strict=True)
         plans = [self.plan(layer, share, cache, index, first) for layer, share in pairs]
         kept, importance, facts = zip(*plans, strict=True)
-        counts, *facts = torch.stack(facts, dim=1).tolist()  # the only wait for the device
+        counts, *facts = cache.peers.layers(torch.stack(facts, dim=1)).tolist()  # the only wait
         for layer, mask, n in zip(cache.layers, kept, counts, strict=True):
             layer.evict(rows, mask, n)
         return Round(rows, *facts, sparsity, list(importance))
@@ -218,14 +219,15 @@ class Pruner(Limits, Policy):
         """What a layer keeps of the sequences `rows`: (R, H_kv, S) bool; their importance; and
         (4, R): how many tokens each head keeps, might keep, keeps as recent, and how many stand
         out. share, rows, first (protected positions): (R,)."""
+        if not layer.peers.here:
+            return layer.positions[rows].bool(), None, share.new_zeros(4, len(rows))
         importance, lengths = self.importance(layer, cache)[rows], layer.filled[rows]
-        # For tokens that are not protected.
-        room = share if self.budget is None else share - first.minimum(lengths)
+        room = share if self.budget is None else share - first.minimum(lengths)  # beside protected
         always = self.always(layer, rows, first, room)
         salient = self.salient(importance, layer, rows)
         salient = lengths if salient is None else salient
-        kept, counts = choose(importance, always, layer.valid()[rows], salient, share)
-        return kept, importance, torch.stack((counts, share, self.recent(room), salient))
+        kept, n = choose(importance, always, layer.valid()[rows], salient, share, layer.peers)
+        return kept, importance, torch.stack((n, share, self.recent(room), salient))
 
 
 # The words of Lethe's options, and whether each makes sense without a budget.
@@ -255,7 +257,7 @@ class Lethe(Pruner):
         torch._foreach_mul_(cache.scores, self.gamma)  # eq. 5; the model then adds the step's mass
 
     def scores(self, layer: LayerCache) -> Tensor:
-        return layer.scores.sum(1, keepdim=True)  # eq. 2: over all heads, (B, 1, S)
+        return layer.peers.heads(layer.scores).sum(1, keepdim=True)  # eq. 2: over all heads
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         return self.scores(layer)

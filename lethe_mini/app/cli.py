@@ -21,6 +21,7 @@ from ..generation.sampling import Sampling
 from ..generation.stats import Result
 from ..lens.page import write_page
 from ..lens.trace import Trace
+from ..parallel import lead_or_follow
 from ..policy import Policy
 from ..reasoner.problems import Problem
 from .batch import run_batch
@@ -39,6 +40,16 @@ def run(argv: list[str] | None) -> int:
     """One command. -> its exit code. Raises UserError for what the user can mend."""
     _mend_streams()
     args, policy = parse(argv)
+    if args.parallel is None or os.environ.get("RANK", "0") == "0":
+        return _run(args, policy)
+    args.quiet = True  # the first process speaks for the others of a divided model
+    try:
+        return _run(args, policy)
+    except UserError as error:
+        return error.code
+
+
+def _run(args: argparse.Namespace, policy: Policy) -> int:
     prompts = gather_prompts(args)
     Sampling(**_draws(args))  # what it cannot be is refused before a model is loaded
     _check(args)
@@ -51,7 +62,9 @@ def run(argv: list[str] | None) -> int:
         model = "demo" if own is None else "reasoner"
     smaller = "take a smaller model, --dtype bfloat16, or --device cpu"
     with saying(f"loading {model}", args.quiet), _memory(f"loading {model}", smaller):
-        engine = Engine.from_pretrained(model, args.device, args.dtype, args.revision, args.compile)
+        engine = Engine.from_pretrained(
+            model, args.device, args.dtype, args.revision, args.compile, args.parallel
+        )
     if args.template is not None:
         engine.text.choose_template(args.template)
     # The reasoner's puzzles are its own prompts, and need none.
@@ -60,24 +73,33 @@ def run(argv: list[str] | None) -> int:
     lower = "lower --batch-size or --prefill-chunk, or --max-new-tokens or the policy's --budget"
     if args.output is not None:
         lower = f"lower --batch-size or --prefill-chunk; {args.output} keeps what is finished"
-    with _threads(args.threads, engine), _memory("writing", lower):
+    if not prompts and not args.interactive:
+        prompts, told = [Prompt(1, PROMPT)], f"prompt: {PROMPT}"
+
+    def write() -> int:
+        """-> the exit code."""
         if args.interactive:
             say(PLAIN, args.quiet or not plain)
             return _chat(args, engine, policy, sampling)
-        if not prompts:
-            prompts, told = [Prompt(1, PROMPT)], f"prompt: {PROMPT}"
         result = _write(args, engine, policy, sampling, prompts, told, _most(args, engine, own))
-    if result is None:
-        say(f"{args.output} is complete")
-        return 0
-    if args.stats is not None:
-        write_whole(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
-    say(PLAIN, args.quiet or not plain)
-    say(report(result, policy, from_file), args.quiet)
-    if own is not None:
-        say(verdict(own, [one.text for one in result.sequences]), args.quiet)
-    interrupted = any(one.finish_reason == "interrupted" for one in result.sequences)
-    return 130 if interrupted else 0
+        if result is None:
+            say(f"{args.output} is complete")
+            return 0
+        if args.stats is not None:
+            write_whole(args.stats, json.dumps(result.to_dict(), indent=1) + "\n")
+        say(PLAIN, args.quiet or not plain)
+        say(report(result, policy, from_file), args.quiet)
+        if own is not None:
+            say(verdict(own, [one.text for one in result.sequences]), args.quiet)
+        interrupted = any(one.finish_reason == "interrupted" for one in result.sequences)
+        return 130 if interrupted else 0
+
+    guard = _memory("writing", lower)
+    with _threads(args.threads, engine):
+        if args.parallel is not None:
+            return lead_or_follow(engine, policy, write, _tell, guard)
+        with guard:
+            return write()
 
 
 def _mend_streams() -> None:
@@ -233,9 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings_in_lines():
             return run(argv)
     except UserError as error:
-        for line in error.lines():
-            print("error:", line, file=sys.stderr)
-        return 2
+        _tell(error)
+        return error.code
     except KeyboardInterrupt:  # before there was any text
         return 130
     except BrokenPipeError:  # `| head` has read enough
@@ -247,6 +268,12 @@ def main(argv: list[str] | None = None) -> int:
         _close_output()
         print(f"error: cannot write the text: {error.strerror}", file=sys.stderr)
         return 2
+
+
+def _tell(error: UserError) -> None:
+    """What the user can mend, a line each."""
+    for line in error.lines():
+        print("error:", line, file=sys.stderr)
 
 
 def _close_output() -> None:

@@ -75,6 +75,8 @@ def _add_model(group) -> None:
     add("--device", default="auto", help=f"auto, cpu, cuda, mps {DEFAULT}")
     add("--dtype", default="auto", help=f"auto, float32, bfloat16, float16 {DEFAULT}")
     add("--compile", action="store_true", help="torch.compile: slower to start, then faster")
+    add("--parallel", choices=("tensor", "layers"), help="one model over torchrun's processes, "
+        "divided by heads and columns, or by layers")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores; one for a model as small as "
         "the reasoner)")  # fmt: skip
     add("--positions", default="absolute", choices=POSITIONS, help="compact: turn keys to their "

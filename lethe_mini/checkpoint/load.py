@@ -102,13 +102,20 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def load(
-    model: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    compile: bool = False,
 ) -> tuple[Path, Transformer]:
     """The folder of a model (see `resolve`), and the model, ready to run. Raises UserError."""
     device = pick_device(device)
     check_dtype(dtype)
     folder = resolve(model, revision)
-    return folder, load_model(folder, device, pick_dtype(dtype, device, folder))
+    transformer = load_model(folder, device, pick_dtype(dtype, device, folder))
+    if compile:
+        transformer.compile()
+    return folder, transformer
 
 
 def pick_device(name: str) -> str:
@@ -141,53 +148,75 @@ def pick_dtype(name: str, device: str, folder: Path) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Transformer:
-    """The checkpoint of `folder`, ready to run. Raises UserError for what does not fit."""
+def load_model(
+    folder: Path, device: torch.device | str, dtype: torch.dtype, division=None
+) -> Transformer:
+    """The checkpoint of `folder`, ready to run; division: of which this device holds a part
+    (parallel.py). Raises UserError for what does not fit."""
     config = read_config(folder)
     if adapters := [name for name in ADAPTERS if (folder / name).is_file()]:
         warn(
             f"{folder}: the adapter ({', '.join(adapters)}) is not applied; merge it into the model"
         )
     with torch.device("meta"):  # shapes without storage: nothing is allocated, then overwritten
-        model = Transformer(config)
-    load_weights(model, folder, device, dtype)
+        whole = Transformer(config)
+        model = whole if division is None else division.model()
+    load_weights(model, folder, device, dtype, whole, division)
     model.init_rope(device)
     return model.eval()
 
 
 def load_weights(
-    model: torch.nn.Module, folder: Path, device: torch.device | str, dtype: torch.dtype
+    model: torch.nn.Module,
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    whole: torch.nn.Module | None = None,
+    division=None,
 ) -> None:
-    """Fills every parameter of `model`, built on the meta device, exactly once."""
-    tied = model.config.tie_word_embeddings
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+    """Fills every parameter of `model`, built on the meta device, exactly once. whole: the model
+    that the folder should hold, of which `model` is a part by a division."""
+    whole = model if whole is None else whole
+    tied = whole.config.tie_word_embeddings
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(whole).items()}
     if tied:  # a tied checkpoint holds the embedding, or the head, or both
         shapes[HEAD] = shapes[EMBEDDING]
     plan = _plan(folder, shapes, tied)
     head = plan.pop(HEAD, None) if tied else None
+    shared = tied and getattr(model.lm_head, "weight", None) is model.embed_tokens.weight
 
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
         parameter = torch.nn.Parameter(weight, requires_grad=False)
         setattr(model.get_submodule(owner), leaf, parameter)
-    if tied:
+    if shared:
         model.lm_head.weight = model.embed_tokens.weight
     weights = named_weights(model)
+
+    def read(tensors: safe_open, name: str, key: str) -> torch.Tensor:
+        """What this device holds of a stored tensor."""
+        if division is None:
+            return tensors.get_tensor(key)
+        return tensors.get_slice(key)[division.cut(name, shapes[name])]
+
+    if tied and HEAD in weights:
+        plan[HEAD] = plan[EMBEDDING]
+    plan = {name: plan[name] for name in weights}
     for file, keys in _portions(plan, weights):
         # safe_open maps the file, and its tensors are views of it. A copy keeps no tie to the file.
         # Reopening now and then frees the pages that were copied already.
         with _opened(file) as tensors:
             for name, key in keys.items():
-                stored = tensors.get_tensor(key)
+                stored = read(tensors, name, key)
                 if stored.shape != weights[name].shape:  # it had the right one a moment ago
                     raise UserError(f"{file} changed while it was read; try again")
                 weights[name].copy_(stored)
 
-    if head is not None:
+    if head is not None and EMBEDDING in weights:
         with _opened(head[0]) as tensors:
-            embedding = model.embed_tokens.weight
-            same = torch.equal(tensors.get_tensor(head[1]).to(device, dtype), embedding)
+            stored = read(tensors, EMBEDDING, head[1])
+            same = torch.equal(stored.to(device, dtype), weights[EMBEDDING])
         if not same:
             raise UserError(
                 f"{head[0]}: {head[1]} differs from the embedding, yet config.json ties the two; "

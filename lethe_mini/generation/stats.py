@@ -56,9 +56,10 @@ class Stats:
 
 
 def token_bytes(cache: KVCache) -> int:
-    """Bytes of one token's key and value in one layer."""
-    keys = cache.layers[0].store["keys"]
-    return 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+    """Bytes of one token's key and value in one layer, on all devices."""
+    layer = next(layer for layer in cache.layers if layer.peers.here)
+    keys = layer.store["keys"]
+    return 2 * layer.peers.total(keys.shape[1]) * keys.shape[3] * keys.element_size()
 
 
 def kv_bytes(cache: KVCache) -> int:

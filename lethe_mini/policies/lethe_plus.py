@@ -51,7 +51,7 @@ class LethePlus(Lethe):
         if not self.value_norm:
             return self.scores(layer)
         weighed = layer.scores * layer.values.float().norm(dim=-1)  # (B, H_kv, S)
-        return weighed if self.per_head else weighed.sum(1, keepdim=True)
+        return weighed if self.per_head else layer.peers.heads(weighed).sum(1, keepdim=True)
 
     def weights(self, cache: KVCache, sparsity: Tensor) -> Tensor:
         if self.allocation == "pyramid":
@@ -77,7 +77,7 @@ class LethePlus(Lethe):
         cosine = repeats(keys_before_rope(layer, rows), layer.filled[rows], near, oldest)
         cosine = cosine[..., : layer.length]  # (R, H_kv, S)
         if not self.per_head:
-            cosine = cosine.mean(1, keepdim=True)
+            cosine = layer.peers.heads(cosine).mean(1, keepdim=True)
         distinct = ~kept & (cosine <= self.alike) & layer.valid()[rows]
         newest = distinct.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest
         return kept | distinct & (newest <= places)

@@ -23,5 +23,6 @@ class RandomKV(Pruner):
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         heads, slots = (torch.arange(n, device=cache.device) for n in layer.positions.shape[1:])
         # From what the sequence itself has seen, so that neighbours change nothing.
-        counts = (cache.next[:, None, None] << 40) + (heads[:, None] << 28) + slots
+        heads = heads[:, None] + layer.peers.first
+        counts = (cache.next[:, None, None] << 40) + (heads << 28) + slots
         return uniform(random.Random(f"{self.seed}-{layer.index}").getrandbits(63), counts)

@@ -22,4 +22,4 @@ class TOVA(Pruner):
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         weights = window_attention(layer, cache)[:, :, :, -1]  # (B, H_kv, G, S)
-        return weights.mean((1, 2))[:, None]  # (B, 1, S)
+        return layer.peers.heads(weights).mean((1, 2))[:, None]  # (B, 1, S)
