@@ -1,15 +1,17 @@
-"""Recall: the tokens that past queries would look at now, and those they would look at later.
+"""Recall: tokens that past queries would look at now or later, and tokens unlike the others.
 
 Attention so far tells the near future. What costs is a token that comes back after a long silence.
-Two things know of it, and both are queries turned by RoPE to another time:
+Three things know of it. Two are queries turned by RoPE to another time:
 
 - Some past queries that differ most from each other are kept, the *beacons*, as they were before
   RoPE (after arXiv 2609.04971). At a round they are turned to the present and asked again.
 - Every query is asked once more, as it would be asked `after` tokens later, of the keys held now.
   It did not see the keys behind it; now it does. The most that any pays is a key's *mark*.
 
-A fifth of the places goes to marks, the rest to beacons. All layers and heads draw from the same
-places, so a layer that is wanted more holds more.
+The third needs no query: a value far from the mean of its head's says what few tokens say, and a
+fact that is stated once is made of such. These *outliers* have places of their own in each head. Of
+the places left a fifth goes to marks, the rest to beacons. There all layers and heads draw from the
+same places, so a layer that is wanted more holds more.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from ..cache import KVCache, LayerCache, Notes
 from ..errors import UserError
 from ..kernels import BLOCK, to_device
 from ..options import option, part
-from ..policy import Pruner, Round
+from ..policy import Pruner, Round, rank
 from ..rope import rope_cos_sin, rotate
 
 SAME = 0.999  # cosine above which two queries are one, rounded differently
@@ -38,9 +40,10 @@ class Recall(Pruner):
 
     window: int = option(32, "last queries that are kept, to be asked again", low=1, high=4096)
     beacons: int = option(32, "past queries of each head that are kept", low=1, high=1024)
-    marked_ratio: float = option(0.2, "share of what recent tokens leave that marks give", 0, 1)
+    outlier_ratio: float = option(0.4, "share of what recent tokens leave that outliers get", 0, 1)
+    marked_ratio: float = option(0.2, "share of what outliers leave that marks give", 0, 1)
     after: int = option(256, "tokens until what is marked is asked for", low=0)
-    kernel: int = option(9, "slots that a mark is shared by, odd", low=1)
+    kernel: int = option(9, "slots that share a mark, or how far they lie out; odd", low=1)
     even_share: float = option(0.3, "part of all but marks that layers share evenly", 0, 1)
 
     def __post_init__(self):
@@ -91,12 +94,27 @@ class Recall(Pruner):
         chosen = pool.gather(2, picked.clamp(min=0).expand(-1, -1, -1, pool.shape[3]))
         layer.beacons[rows] = chosen.masked_fill(picked < 0, 0)
 
+    def outliers(self, rooms: Tensor) -> Tensor:
+        """How many of `rooms` tokens (R,) are kept as outliers, by each head."""
+        return part(self.outlier_ratio, rooms - self.recent(rooms))
+
+    def always(self, layer: LayerCache, rows: Tensor, protected: Tensor, rooms: Tensor) -> Tensor:
+        """And each head's outliers among the others."""
+        kept = super().always(layer, rows, protected, rooms)  # (R, H_kv, S)
+        valid = layer.valid()[rows]
+        far = outlying(layer.values[rows], valid)
+        far = F.avg_pool1d(far, self.kernel, 1, self.kernel // 2)
+        order = rank(far, valid & ~kept)
+        first = torch.arange(layer.length, device=rows.device) < self.outliers(rooms)[:, None, None]
+        return kept | kept.scatter(-1, order, first.expand_as(kept)) & valid
+
     def round(self, cache: KVCache, due: list[bool]) -> Round:
         """Before a round, how much every token is wanted, in [0, 2]: of a place by its mark one
         more than the mark; by beacons at least a half where it has a place among all layers'."""
         rows = [row for row, ready in enumerate(due) if ready]
         index, (first, room) = to_device(rows, cache.device), self.rooms(cache, rows)
-        places = (room - self.recent(room)) * len(cache.layers) * cache.layers[0].keys.shape[1]
+        places = room - self.recent(room) - self.outliers(room)
+        places = places * len(cache.layers) * cache.layers[0].keys.shape[1]
         marked, asked = [], []
         for layer in cache.layers:
             S, valid = layer.length, layer.valid()[index]
@@ -126,7 +144,7 @@ class Recall(Pruner):
         wanted = [layer.store["wanted"] for layer in cache.layers]
         marked = torch.stack([(x >= 1).sum(2).float().mean(1) for x in wanted], dim=1)
         placed = torch.stack([(x >= 0.5).sum(2).float().mean(1) for x in wanted], dim=1)
-        rest = placed - marked + (first + self.recent(room))[:, None]
+        rest = placed - marked + (first + self.recent(room) + self.outliers(room))[:, None]
         return marked + torch.lerp(rest, rest.mean(1, keepdim=True), self.even_share)
 
     def rooms(self, cache: KVCache, rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -176,6 +194,14 @@ def largest_attention(queries: Tensor, there: Tensor, keys: Tensor, valid: Tenso
         logits = torch.matmul(some, keys.mT).float().masked_fill(~valid[:, :, None], -torch.inf)
         most = most.maximum((logits.softmax(-1) * exist[..., None]).amax(2))
     return most
+
+
+def outlying(values: Tensor, valid: Tensor) -> Tensor:
+    """How far each value lies from the mean of its head's, (R, H_kv, S) float32; 0 where there is
+    none. values: (R, H_kv, S, D); valid: (R, 1, S) bool."""
+    there = valid[..., None].float()
+    mean = (values.float() * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
+    return ((values.float() - mean) * there).norm(dim=-1)
 
 
 def threshold(layers: list[Tensor], places: Tensor) -> Tensor:

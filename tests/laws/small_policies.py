@@ -62,8 +62,14 @@ VARIANTS = {
         "not-distinct": {"distinct_ratio": 0.0, "protect_prompt": False},
     },
     "recall": {
-        "marks-alone": {"marked_ratio": 1.0, "after": 7, "kernel": 1},
-        "beacons-alone": {"marked_ratio": 0.0, "beacons": 3, "even_share": 0.0},
+        "marks-alone": {"marked_ratio": 1.0, "after": 7, "kernel": 1, "outlier_ratio": 0.0},
+        "beacons-alone": {
+            "marked_ratio": 0.0,
+            "outlier_ratio": 0.0,
+            "beacons": 3,
+            "even_share": 0.0,
+        },
+        "outliers-alone": {"outlier_ratio": 1.0, "kernel": 3},
         "small-window": {"window": 2, "interval": 5, "beacons": 1, "even_share": 1.0},
     },
 }

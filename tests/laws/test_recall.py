@@ -16,7 +16,7 @@ from lethe_mini import UserError
 from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.policies import Recall
-from lethe_mini.policies.recall import farthest, largest_attention, threshold
+from lethe_mini.policies.recall import farthest, largest_attention, outlying, threshold
 
 H, KV, D, L = 4, 2, 6, 2
 INV_FREQ = inverse_frequencies("default", 1e6, D, {})
@@ -154,9 +154,8 @@ def test_a_key_that_one_past_query_wants_stays(options):
     25 rounds, of others. Where no query wants it, it goes."""
     stayed = []
     for wanted in (True, False):
-        policy = Recall(
-            budget=24, interval=8, window=4, sinks=1, protect_prompt=False, kernel=1, **options
-        )
+        options = {**options, "outlier_ratio": 0.0, "kernel": 1}
+        policy = Recall(budget=24, interval=8, window=4, sinks=1, protect_prompt=False, **options)
         cache, g = new_cache(policy), torch.Generator().manual_seed(1)
         slow = torch.zeros(D)
         slow[D // 2 - 1] = 8.0  # of the pair that RoPE hardly turns
@@ -191,6 +190,45 @@ def test_a_layer_that_is_wanted_more_holds_more():
     few, many = (layer.lengths[0] for layer in cache.layers)
     assert few < many
     assert few + many == 16
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 10**6))
+def test_how_far_a_value_lies_out_is_the_loops(R, S, seed):
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(R, KV, S, D, generator=g)
+    lengths = torch.randint(1, S + 1, (R,), generator=g)
+    valid = (torch.arange(S) < lengths[:, None])[:, None]
+    found = outlying(values, valid)
+    for r in range(R):
+        n = int(lengths[r])
+        for head in range(KV):
+            here = values[r, head, :n].double().tolist()
+            mean = [sum(column) / n for column in zip(*here, strict=True)]
+            right = [math.dist(value, mean) for value in here] + [0.0] * (S - n)
+            torch.testing.assert_close(found[r, head].double(), torch.tensor(right).double())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_each_head_keeps_the_values_unlike_the_others(kernel):
+    """Tokens whose values lie far out stay for 25 rounds though no query looks at them, in the head
+    where they do; with a kernel their neighbours, too. Without places for outliers they go."""
+    for ratio in (0.5, 0.0):
+        policy = Recall(budget=24, interval=8, window=4, sinks=1, protect_prompt=False,
+                        kernel=kernel, outlier_ratio=ratio)  # fmt: skip
+        cache, g = new_cache(policy), torch.Generator().manual_seed(1)
+        for t in range(200):
+            add_token(cache, torch.randn(H, D, generator=g), torch.randn(KV, D, generator=g), t)
+            for layer in cache.layers:
+                value = torch.randn(KV, D, generator=g)
+                value[0] += 50.0 * (t == 31)
+                slot = layer.lengths[0] - 1
+                layer.store["values"][0, :, slot] = value
+            if any(due := policy.due(cache)):
+                policy.round(cache, due)
+        for layer in cache.layers:
+            held = set(layer.positions[0, 0].tolist())
+            near = {31} if kernel == 1 else {30, 31, 32}
+            assert (near <= held) == bool(ratio)
 
 
 def test_what_makes_no_sense_is_refused():
