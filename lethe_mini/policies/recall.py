@@ -40,7 +40,7 @@ class Recall(Pruner):
 
     window: int = option(32, "last queries that are kept, to be asked again", low=1, high=4096)
     beacons: int = option(32, "past queries of each head that are kept", low=1, high=1024)
-    outlier_ratio: float = option(0.4, "share of what recent tokens leave that outliers get", 0, 1)
+    outlier_ratio: float = option(0.3, "share of what recent tokens leave that outliers get", 0, 1)
     marked_ratio: float = option(0.2, "share of what outliers leave that marks give", 0, 1)
     after: int = option(256, "tokens until what is marked is asked for", low=0)
     kernel: int = option(9, "slots that share a mark, or how far they lie out; odd", low=1)
