@@ -102,6 +102,8 @@ def _add_files(group) -> None:
     add = group.add_argument
     add("--output", type=Path, help="write results to this JSON Lines file; if it is there, add "
         "what it lacks")  # fmt: skip
+    add("--ray", metavar="local|auto|ADDRESS", help="run a prompt file on the workers of a Ray "
+        "cluster, and write parts into the folder --output (extra cluster)")  # fmt: skip
     add("--stats", type=Path, help="write statistics and sequences to this JSON file")
     add("--trace", type=Path, help="write what every round kept and dropped to this JSON file")
     add("--lens", type=Path, help="write a page that shows the rounds to this HTML file")
