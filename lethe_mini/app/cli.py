@@ -12,11 +12,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
-from ..checkpoint.load import pick_device
 from ..engine import Engine
 from ..errors import UserError, check_writable, write_whole
 from ..generation.sampling import Sampling
@@ -27,7 +25,7 @@ from ..policy import Policy
 from ..reasoner.problems import Problem
 from .batch import run_batch
 from .chat import Conversation, chat
-from .cluster import Cluster, check_folder, run_cluster, without_weights
+from .cluster import Cluster, check_folder, is_small, run_cluster, without_weights
 from .parser import MAX_NEW_TOKENS, PROMPT, gather_prompts, parse
 from .prompts import STDIN, Prompt, encode_all, listed, naming, refuse
 from .puzzle import SPARE, TASK, puzzle, verdict
@@ -35,7 +33,6 @@ from .screen import Screen, report, say, saying, warnings_in_lines
 
 PLAIN = "this model has no chat template; the prompt is continued as it stands"
 NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of CUDA and MPS, CPU, cuBLAS
-SMALL = 10_000_000  # parameters up to which a second thread costs more than it gains
 
 
 def run(argv: list[str] | None) -> int:
@@ -145,25 +142,12 @@ def _threads(count: int | None, engine: Engine) -> Iterator[None]:
     """Within it, PyTorch uses so many CPU threads; None: one for a small model, else all."""
     before = torch.get_num_threads()
     if count is None:
-        count = 1 if _small(engine) and engine.device.type == "cpu" else before
+        count = 1 if is_small(engine) and engine.device.type == "cpu" else before
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _small(engine: Engine) -> bool:
-    return sum(p.numel() for p in engine.model.parameters()) <= SMALL
-
-
-def _cluster(args: argparse.Namespace, engine: Engine) -> Cluster:
-    """What --ray asks for. engine: of `without_weights`; its workers have its dtype."""
-    device = pick_device("auto") if args.device == "auto" else args.device
-    dtype = str(engine.dtype).removeprefix("torch.")
-    loading = (engine.name, device, dtype, args.revision, args.compile)
-    load = partial(Engine.from_pretrained, *loading)
-    return Cluster(args.ray, load, device.startswith("cuda"), args.threads, _small(engine))
 
 
 def _most(args: argparse.Namespace, engine: Engine, own: Problem | None) -> int:
@@ -220,7 +204,8 @@ def _write(
     if args.output is not None:
         options |= {"quiet": args.quiet, "skip_invalid": args.skip_invalid}
         if args.ray is not None:
-            cluster = _cluster(args, engine)
+            how = (args.device, args.revision, args.compile, args.threads)
+            cluster = Cluster.of(args.ray, engine, Engine.from_pretrained, *how)
             return run_cluster(
                 cluster, engine, prompts, policy, args.output, most, sampling, **options
             )

@@ -7,15 +7,17 @@ another and runs the block again; the texts come out the same, and those that ar
 dropped. A second run reads all parts and writes what they lack into the next one.
 """
 
+import importlib.util
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -35,6 +37,8 @@ from .batch import announce, find_missing, read_done
 from .prompts import Prompt
 
 BATCHES = 8  # of a worker, in a block: fewer leave the batch half empty more often
+NO_RAY = "--ray needs Ray; pip install 'lethe-mini[cluster]'"
+SMALL = 10_000_000  # parameters up to which a second thread costs more than it gains
 Serve = Callable[[Engine, list, Callable[[object], None]], None]
 
 
@@ -48,6 +52,10 @@ def without_weights(model: str, device: str, dtype: str, revision: str | None) -
     kind = pick_device("auto") if device == "auto" else device
     transformer.to(pick_dtype(dtype, kind, folder))
     return Engine(transformer, Text(folder), model)
+
+
+def is_small(engine: Engine) -> bool:
+    return sum(p.numel() for p in engine.model.parameters()) <= SMALL
 
 
 class Worker:
@@ -90,25 +98,47 @@ class Cluster:
     """
 
     address: str
-    load: Callable[[], Engine]
-    cuda: bool
+    load: partial  # without arguments gives an Engine
+    device: str
     threads: int | None
     small: bool
+
+    @classmethod
+    def of(
+        cls,
+        address: str,
+        engine: Engine,
+        load: Callable[..., Engine],
+        device: str,
+        revision: str | None,
+        compile: bool,
+        threads: int | None = None,
+    ) -> "Cluster":
+        """Workers with the weights of an engine of `without_weights`, in its dtype. load:
+        Engine.from_pretrained, or what takes the same."""
+        device = pick_device("auto") if device == "auto" else device
+        dtype = str(engine.dtype).removeprefix("torch.")
+        load = partial(load, engine.name, device, dtype, revision, compile)
+        return cls(address, load, device, threads, is_small(engine))
 
     def run(self, serve: Serve, jobs: list, batch: int | None, policy: Policy) -> Iterator:
         """What `serve` puts for these jobs, in any order, and again where a worker died. batch:
         jobs that a worker runs at a time; None: all of a block. policy: what `serve` brings of the
         user's own code. Raises UserError, one of a worker's, too."""
         ray = _ray()
+        self._knock()
         try:
             with _silent():
                 ray.init(self.address, include_dashboard=False, log_to_driver=False,
                          logging_level=logging.ERROR)  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except (ConnectionError, RuntimeError, OSError) as error:
             raise UserError(f"no Ray cluster at {self.address}: {one_line(error)}") from None
-        module = sys.modules[type(policy).__module__]
-        own = not module.__name__.startswith("lethe_mini.")
-        if own:  # a file of the user's, which no other machine has
+        # Code of the user's goes along, since no other machine has it.
+        homes = {
+            name.partition(".")[0] for name in (type(policy).__module__, self.load.func.__module__)
+        }
+        own = [sys.modules[name] for name in homes - {"lethe_mini", "__main__"}]
+        for module in own:
             ray.cloudpickle.register_pickle_by_value(module)
         try:
             workers, options = self._workers(ray)
@@ -134,15 +164,28 @@ class Cluster:
         except ray.exceptions.RayError as error:
             raise UserError(f"the Ray cluster failed: {one_line(error)}") from None
         finally:
-            if own:
+            for module in own:
                 ray.cloudpickle.unregister_pickle_by_value(module)
-            ray.shutdown()
+            with _silent():  # of what a run was stopped in the middle of
+                ray.shutdown()
+
+    def _knock(self) -> None:
+        """Raises UserError where nobody listens: Ray itself would try for minutes."""
+        if self.address in ("local", "auto"):
+            return
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal() or "/" in host:
+            raise UserError(f"--ray should be local, auto or HOST:PORT, not {self.address!r}")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray cluster at {self.address}: {error}") from None
 
     def _workers(self, ray) -> tuple[int, dict]:
         """How many the cluster has room for, and what each takes."""
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = [int(one.get("CPU", 0)) for one in machines]
-        if self.cuda:
+        if self.device == "cuda":
             gpus = sum(int(one.get("GPU", 0)) for one in machines)
             if not gpus:
                 raise UserError(f"the cluster at {self.address} has no GPU; use --device cpu")
@@ -176,7 +219,7 @@ def _ray():
         import ray
         import ray.data
     except ImportError:
-        raise UserError("--ray needs Ray; pip install 'lethe-mini[cluster]'") from None
+        raise UserError(NO_RAY) from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = 1  # a text is sent when it ends, and waits for no other
@@ -188,7 +231,10 @@ def _ray():
 
 
 def check_folder(path: Path) -> None:
-    """Raises UserError where no part can be written; leaves the folder as it is."""
+    """Raises UserError where no part can be written, or Ray is not installed; leaves the folder as
+    it is."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(NO_RAY)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; with --ray, --output is a folder")
     existed = path.exists()
@@ -219,7 +265,9 @@ def read_parts(
 
 
 def next_part(folder: Path) -> Path:
-    """The name behind those that are there."""
+    """The name behind those that are there, in the folder, which is made if need be."""
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     numbers = [part.stem.removeprefix("part-") for part in folder.glob("part-*.jsonl")]
     last = max((int(number) for number in numbers if number.isdecimal()), default=-1)
     return folder / f"part-{last + 1:05}.jsonl"
@@ -275,14 +323,17 @@ def run_cluster(
         [number, ids, missing.limits[prompt.id]]
         for number, (prompt, ids) in enumerate(zip(left, missing.encoded, strict=True))
     ]
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
     with (
-        Appender(next_part(folder)) as file,
+        ExitStack() as opened,
         tqdm(total=missing.count, unit="seq", disable=quiet or None) as bar,
     ):
+
+        @cache
+        def part() -> Appender:  # not before there is something to write
+            return opened.enter_context(Appender(next_part(folder)))
+
         for line in missing.errors():
-            file.write(line)
+            part().write(line)
         if not left:
             return
         facts = {"policy": policy, "sampling": sampling, "num_samples": num_samples}
@@ -295,7 +346,7 @@ def run_cluster(
             if line is None or (number, sample) in seen:  # was there, or its worker died
                 continue
             seen.add((number, sample))
-            file.write(line)
+            part().write(line)
             tokens += one["generated_tokens"]
             rate = tokens / max(1e-9, bar.format_dict["elapsed"] or 0)
             bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
