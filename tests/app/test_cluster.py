@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from benchmarks.accuracy import run as accuracy
 from lethe_mini import Engine
 from lethe_mini.app import cluster
 from lethe_mini.app.cli import main
@@ -304,3 +305,22 @@ def test_without_weights_prompts_are_encoded_as_with_them(tmp_path):
     assert head.text.encode_prompt("Why?") == whole.text.encode_prompt("Why?")
     with pytest.raises(UserError, match="dtype should be"):
         cluster.without_weights(model, "cpu", "float8", None)
+
+
+def test_the_accuracy_benchmark_writes_the_same_on_a_cluster(here, tmp_path, capsys):
+    """Texts, and what was held meanwhile; also of a policy whose budget is on top of the prompt."""
+    file = tmp_path / "problems.jsonl"
+    problems = [{"prompt": puzzle(i).prompt, "answer": "5"} for i in range(3)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in problems), encoding="utf-8")
+    found = []
+    for name, more in (("plain", []), ("ray", ["--ray", "local"])):
+        argv = ["--task", file, "--model", "reasoner", "--policies", "full", "lethe", "--budget"]
+        argv += ["60%", "--interval", 8, "--max-new-tokens", 40, "--batch-size", 2, "--device"]
+        argv += ["cpu", "--samples", 2, "--temperature", 1, "--lines", tmp_path / name, *more]
+        assert accuracy.run([str(word) for word in argv]) == 0
+        entries = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        texts = [(e["key"], e["result"]) for e in entries if "text" in e["result"]]
+        found.append(sorted(map(json.dumps, texts)))
+    assert found[0] == found[1]
+    assert len(found[0]) == 2 * 3 * 2
+    capsys.readouterr()
