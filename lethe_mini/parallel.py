@@ -163,6 +163,42 @@ def runs(costs: list[int], count: int) -> list[range]:
     return [range(*pair) for pair in zip((0, *ends[:-1]), ends, strict=True)]
 
 
+def by_heads(config: ModelConfig, count: int, rank: int) -> ModelConfig:
+    """The sizes of what a device holds of every layer, by whole key/value heads and by columns.
+    Raises UserError for more devices than heads."""
+    heads, group = config.num_key_value_heads, config.num_attention_heads
+    if count > heads:
+        raise UserError(
+            f"the model's {heads} key/value heads do not go over {count} devices; take {heads} or "
+            "fewer, or --parallel layers"
+        )
+    mine = shares(heads, count)[rank]
+    return replace(
+        config,
+        num_attention_heads=mine * (group // heads),
+        num_key_value_heads=mine,
+        intermediate_size=shares(config.intermediate_size, count)[rank],
+        moe_intermediate_size=shares(config.moe_intermediate_size, count)[rank],
+    )
+
+
+def by_layers(
+    config: ModelConfig, layers: list[int], embedding: int, head: int, count: int
+) -> list[range]:
+    """Which layers each device holds. layers, embedding, head: how many weights they have. With its
+    weights a layer counts its cache of one text of the longest; the embedding goes with the first
+    layer, the head with the last. Raises UserError for more devices than layers."""
+    if count > len(layers):
+        raise UserError(
+            f"the model's {len(layers)} layers do not go over {count} devices; take fewer"
+        )
+    cache = 2 * config.num_key_value_heads * config.head_dim * config.max_position_embeddings
+    costs = [weights + cache for weights in layers]
+    costs[0] += embedding
+    costs[-1] += head
+    return runs(costs, count)
+
+
 # --- The model's parts -----------------------------------------------------------------------
 
 
@@ -269,15 +305,9 @@ class ByHeads:
     """Each device holds some heads, columns and words. Raises UserError if they are too few."""
 
     def __init__(self, devices: Devices, config: ModelConfig, dtype: torch.dtype):
-        count, kv_heads = devices.count, config.num_key_value_heads
-        if count > kv_heads:
-            raise UserError(
-                f"the model's {kv_heads} key/value heads do not go over {count} devices; start "
-                f"{kv_heads} processes or fewer, or use --parallel layers"
-            )
         self.devices, self.config = devices, config
-        self.heads, self.words = shares(kv_heads, count), shares(config.vocab_size, count)
-        self.group = config.num_attention_heads // kv_heads
+        self.mine = by_heads(config, devices.count, devices.rank)
+        self.heads = shares(config.num_key_value_heads, devices.count)
 
     def part(self, total: int) -> tuple[int, int]:
         """First and last of this device's part of so many things."""
@@ -286,16 +316,7 @@ class ByHeads:
 
     def model(self) -> Transformer:
         """This device's part, without storage."""
-        config, devices, heads = self.config, self.devices, self.heads[self.devices.rank]
-        first, last = self.part(config.intermediate_size)
-        inner, outer = self.part(config.moe_intermediate_size)
-        mine = replace(
-            config,
-            num_attention_heads=heads * self.group,
-            num_key_value_heads=heads,
-            intermediate_size=last - first,
-            moe_intermediate_size=outer - inner,
-        )
+        config, devices, mine = self.config, self.devices, self.mine
         model, hidden = Transformer(mine), config.hidden_size
         for block in model.layers:
             size = mine.num_attention_heads * config.head_dim
@@ -307,7 +328,7 @@ class ByHeads:
                 block.mlp.down_proj = Summed(devices, size, hidden, config.mlp_bias)
         first, last = self.part(config.vocab_size)
         model.embed_tokens = DividedEmbedding(devices, first, last - first, hidden)
-        model.lm_head = DividedHead(devices, hidden, self.words)
+        model.lm_head = DividedHead(devices, hidden, shares(config.vocab_size, devices.count))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model
@@ -340,14 +361,12 @@ class ByLayers:
     """Each device holds a run of layers. Raises UserError if they are too few."""
 
     def __init__(self, devices: Devices, config: ModelConfig, dtype: torch.dtype):
-        if devices.count > config.num_hidden_layers:
-            raise UserError(
-                f"the model's {config.num_hidden_layers} layers do not go over {devices.count} "
-                "devices; start fewer processes"
-            )
         self.devices, self.config, self.dtype = devices, config, dtype
-        self.runs = runs(layer_bytes(config, dtype), devices.count)
-        self.here = self.runs[devices.rank]
+        with torch.device("meta"):
+            model = Transformer(config)
+        layers = [sum(p.numel() for p in block.parameters()) for block in model.layers]
+        ends = model.embed_tokens.weight.numel(), model.lm_head.weight.numel()
+        self.here = by_layers(config, layers, *ends, devices.count)[devices.rank]
 
     def model(self) -> Transformer:
         """This device's part, without storage."""
@@ -380,18 +399,6 @@ class ByLayers:
             layer.peers = Absent()
             layer.store = {name: tensor[:, :0] for name, tensor in layer.store.items()}
             layer.queries, layer.beacons = layer.queries[:, :0], layer.beacons[:, :0]
-
-
-def layer_bytes(config: ModelConfig, dtype: torch.dtype) -> list[int]:
-    """What each layer's weights and its cache of one text of the longest take; the embedding goes
-    with the first, the head with the last."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    tokens = 2 * config.num_key_value_heads * config.head_dim * config.max_position_embeddings
-    costs = [sum(p.numel() for p in block.parameters()) + tokens for block in model.layers]
-    costs[0] += model.embed_tokens.weight.numel()
-    costs[-1] += model.lm_head.weight.numel()
-    return [cost * dtype.itemsize for cost in costs]
 
 
 class HeadPeers(Alone):

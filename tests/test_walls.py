@@ -32,6 +32,7 @@ ROOMS = {  # room or module: what it may import of the package, beside itself
     "reasoner": [],
     "lens": ["errors"],
     "app": ["*"],
+    "sizing": ["app", "config", "model", "cache", "policy", "checkpoint", "experts", *TOOLS],
     "": ["*"],  # lethe_mini/__init__.py
 }
 # Inside a function, so only where it is needed: the engine loads a model by name.

@@ -27,7 +27,7 @@ Columns. `holds` is what was kept: tokens per layer, as a mean over all steps, a
 a full cache would hold. Intervals are 95 %, by bootstrap over problems; differences are paired,
 problem by problem. Where all problems come out alike the interval has no width, which does not mean
 certainty. `looped` texts were cut off while they repeated themselves. Tokens/s are those of
-decoding at this batch size.
+decoding at this batch size; with --ray, those of one worker.
 
 With --lines FILE an interrupted run continues where it stopped. The file has every text, so that a
 newer grader can grade it again. Runs with other settings can share it, and so can runs with more
@@ -39,7 +39,9 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,13 +54,15 @@ from benchmarks.common.hardware import hardware
 from benchmarks.common.results import Lines, mean_with_interval, write_json
 from benchmarks.quality.choices import CHOICES, PROTECT, Cell, budget_text, prompt_column
 from lethe_mini import Engine, FullKV, Lethe, Sampling
+from lethe_mini.app.cluster import Cluster, without_weights
+from lethe_mini.cache import KVCache
 from lethe_mini.errors import UserError, writing
 from lethe_mini.generation.requests import POSITIONS
 from lethe_mini.generation.stats import kv_bytes
 from lethe_mini.jsonlines import digest
 from lethe_mini.options import check_room
 from lethe_mini.policies import SnapKV
-from lethe_mini.policy import Pruner
+from lethe_mini.policy import Policy, Pruner
 
 # A loop repeats at most PERIOD tokens, at least REPEATS times, and has at least LOOP tokens.
 PERIOD, REPEATS, LOOP = 256, 4, 32
@@ -159,10 +163,65 @@ def loops(ids: list[int]) -> bool:
     return False
 
 
+def write_texts(
+    engine: Engine,
+    jobs: list,
+    put: Callable[[list], None],
+    policy: Policy,
+    watch: Callable[[KVCache, int], None] | None = None,
+    *,
+    samples: int,
+    **options,
+) -> bool:
+    """jobs: [number, token ids] each -> puts [number, sample, result] each, and at last [None,
+    None, what they cost]. watch(cache, tokens written) is called at every step. Options:
+    generate's. False: Ctrl-C ended it."""
+    held = Held(len(jobs) * samples)
+
+    def on_step(cache) -> None:
+        written = len(held.rows)
+        held.on_step(cache)
+        if watch is not None:
+            watch(cache, written)
+
+    def on_finish(index: int, one) -> None:
+        held.on_finish(index)
+        result = {
+            "finish_reason": one.finish_reason,
+            "prompt_tokens": one.prompt_tokens,
+            "tokens": one.generated_tokens,
+            "steps": held.steps[index],
+            "held": held.held[index] / engine.model.config.num_hidden_layers,
+            "seen": held.seen[index],
+            "looped": one.finish_reason != "stop" and loops(one.token_ids),
+            "text": one.text,
+        }
+        put([jobs[index // samples][0], index % samples, result])
+
+    result = engine.generate(
+        [ids for _, ids in jobs],
+        policy,
+        num_samples=samples,
+        on_token=held.on_token,
+        on_finish=on_finish,
+        on_step=on_step,
+        **options,
+    )
+    stats = result.stats
+    cost = {
+        "tokens": stats.decode_tokens_per_second * stats.decode_seconds,
+        "seconds": stats.decode_seconds,
+        "kv_bytes_peak": stats.kv_bytes_peak,
+    }
+    put([None, None, cost])
+    return all(one.finish_reason != "interrupted" for one in result.sequences)
+
+
 class Bench:
     """Writes and grades what the lines lack, cell by cell.
 
-    options: everything that a text depends on, beside the policy and the prompt.
+    options: everything that a text depends on, beside the policy and the prompt. cluster: where it
+    is written, in place of the engine.
     """
 
     def __init__(
@@ -174,7 +233,9 @@ class Bench:
         samples: int = 1,
         batch_size: int = 8,
         task: str = "",
+        cluster: Cluster | None = None,
     ):
+        self.cluster = cluster
         self.engine, self.problems, self.lines, self.options = engine, problems, lines, options
         self.samples, self.batch_size, self.task = samples, batch_size, task
         self.ids = {p.prompt: engine.text.encode_prompt(p.prompt) for p in problems}
@@ -202,60 +263,50 @@ class Bench:
         bar.update(sum(self.samples - len(samples) for samples in missing.values()))
         if not left:
             return
-        held, tokens, start = Held(len(left) * self.samples), 0, time.perf_counter()
+        jobs = [[number, self.ids[prompt]] for number, prompt in enumerate(left)]
+        tokens, start, costs = 0, time.perf_counter(), []
 
-        def on_token(index: int, token: int) -> None:
+        def on_step(cache, written: int) -> None:
             nonlocal tokens
-            tokens += 1
-            held.on_token(index, token)
-
-        def on_step(cache) -> None:
-            held.on_step(cache)
+            tokens += written
             rate, kv = tokens / (time.perf_counter() - start), kv_bytes(cache) / 1e6
             bar.set_postfix_str(f"{rate:.0f} tokens/s, KV {kv:.1f} MB", refresh=False)
             bar.update(0)
 
-        def on_finish(index: int, one) -> None:
-            held.on_finish(index)
-            prompt, sample = left[index // self.samples], index % self.samples
-            if sample not in missing[prompt]:
-                return
-            layers = self.engine.model.config.num_hidden_layers
-            result = {
-                "finish_reason": one.finish_reason,
-                "prompt_tokens": one.prompt_tokens,
-                "tokens": one.generated_tokens,
-                "steps": held.steps[index],
-                "held": held.held[index] / layers,
-                "seen": held.seen[index],
-                "looped": one.finish_reason != "stop" and loops(one.token_ids),
-                "text": one.text,
-            }
-            self.lines.put(self.text_key(cell, prompt, sample), result)
-            bar.update()
+        def receive(one: list) -> None:
+            """What `write_texts` puts; from a cluster perhaps twice."""
+            number, sample, result = one
+            if number is None:
+                costs.append(result)
+            elif sample in missing[left[number]]:
+                missing[left[number]].remove(sample)
+                self.lines.put(self.text_key(cell, left[number], sample), result)
+                bar.update()
 
         draws = ((name, self.options[name]) for name in DRAWS)
-        result = self.engine.generate(
-            [self.ids[prompt] for prompt in left],
-            cell.policy,
-            num_samples=self.samples,
-            batch_size=self.batch_size,
-            on_token=on_token,
-            on_finish=on_finish,
-            on_step=on_step,
-            max_new_tokens=self.options["max_new_tokens"],
-            positions=self.options["positions"],
-            sampling=Sampling(**{name: value for name, value in draws if value is not None}),
-        )
-        stats, parts = result.stats, len(self.costs(cell))
+        options = {
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.options["max_new_tokens"],
+            "positions": self.options["positions"],
+            "sampling": Sampling(**{name: value for name, value in draws if value is not None}),
+        }
+        parts, ended = len(self.costs(cell)), True
+        if self.cluster is None:
+            ended = write_texts(self.engine, jobs, receive, cell.policy, on_step, **options)
+        else:
+            serve = partial(write_texts, policy=cell.policy, **options)
+            together = max(1, self.batch_size // self.samples)
+            for one in self.cluster.run(serve, jobs, together, cell.policy):
+                receive(one)
         cost = {
-            "tokens": stats.decode_tokens_per_second * stats.decode_seconds,
-            "seconds": stats.decode_seconds,
-            "kv_bytes_peak": stats.kv_bytes_peak,
+            "tokens": sum(one["tokens"] for one in costs),
+            "seconds": sum(one["seconds"] for one in costs),
+            "kv_bytes_peak": max(one["kv_bytes_peak"] for one in costs),
             "batch_size": self.batch_size,
         }
         self.lines.put(self.cost_key(cell, parts), cost)
-        if any(one.finish_reason == "interrupted" for one in result.sequences):
+        if not ended:
             raise KeyboardInterrupt
 
     def cost_key(self, cell: Cell, part: int) -> dict:
@@ -489,6 +540,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="default: %(default)s")
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="texts at once (default: %(default)s)")
+    add("--ray", metavar="local|auto|ADDRESS", help="write on the workers of a Ray cluster, each "
+        "at this batch size (extra cluster)")  # fmt: skip
     add("--lines", type=Path, help="JSON Lines file to write to, and to continue from")
     add("--json", type=Path, help="also write the figures, with every setting, to this file")
     args = parser.parse_args(argv)
@@ -523,13 +576,22 @@ def run(argv: list[str] | None) -> int:
         check_writable(path)
     lines = Lines(args.lines)
     problems = load(args.task, args.problems, tuple(args.subjects), args.gym_seed)
-    engine = coder.load(args.model, args.device, args.dtype, args.revision, args.compile)
+    if args.ray is None:
+        engine = coder.load(args.model, args.device, args.dtype, args.revision, args.compile)
+        cluster, device = None, engine.device.type
+    else:
+        checkpoint = coder.checkpoint(args.model)
+        engine = without_weights(checkpoint, args.device, args.dtype, args.revision)
+        engine.name = args.model
+        how = (args.device, args.revision, args.compile)
+        cluster = Cluster.of(args.ray, engine, coder.load, *how)
+        device = cluster.device
     greedy = args.temperature == 0
     options = {
         "model": engine.name,
         "revision": args.revision,
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "device": engine.device.type,
+        "device": device,
         "compile": args.compile,
         "positions": args.positions,
         "max_new_tokens": args.max_new_tokens,
@@ -539,7 +601,8 @@ def run(argv: list[str] | None) -> int:
     }
     if not greedy:  # else they change nothing
         options |= {"top_p": args.top_p, "seed": args.seed}
-    bench = Bench(engine, problems, lines, options, args.samples, args.batch_size, args.task)
+    how = (args.samples, args.batch_size, args.task, cluster)
+    bench = Bench(engine, problems, lines, options, *how)
     rows = bench.run(args)
     how = "greedy" if greedy else f"temperature {args.temperature}, top-p {args.top_p}"
     print(

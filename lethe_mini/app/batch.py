@@ -8,7 +8,9 @@ mended, its result follows.
 
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -55,6 +57,76 @@ def read_done(
     return done, told
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What an output lacks. prompts: those to run, and encoded, their token ids; limits, runs: by
+    id, most new tokens and the digest of the settings; bad: prompts of all `total` that are left
+    out, and told, what the output says of such."""
+
+    prompts: list[Prompt]
+    encoded: list[list[int]]
+    limits: dict
+    runs: dict
+    done: set[tuple]  # (id, sample) pairs
+    num_samples: int
+    bad: list[Prompt]
+    told: set[tuple]
+    total: int
+
+    def __bool__(self) -> bool:
+        return bool(self.prompts or self.errors())
+
+    @property
+    def count(self) -> int:
+        """Texts to write."""
+        pairs = ((p.id, i) for p in self.prompts for i in range(self.num_samples))
+        return sum(pair not in self.done for pair in pairs)
+
+    def line(self, prompt: Prompt, sample: int, one: dict) -> str | None:
+        """What is to be written of a text that ended (the fields of Generated); None: it was."""
+        if (prompt.id, sample) in self.done:
+            return None
+        entry = {"id": prompt.id, "sample": sample, "prompt": prompt.prompt, **one}
+        return json.dumps({**entry, "run": self.runs[prompt.id]}, ensure_ascii=False)
+
+    def errors(self) -> list[str]:
+        """A line for each prompt that is left out, unless it is there."""
+        new = [p for p in self.bad if (p.id, p.line, p.error) not in self.told]
+        entries = ({"id": p.id, "line": p.line, "error": p.error} for p in new)
+        return [json.dumps(entry, ensure_ascii=False) for entry in entries]
+
+
+def find_missing(
+    engine: Engine,
+    prompts: list[Prompt],
+    policy: Policy,
+    read: Callable[[list[Prompt], int, dict], tuple[set[tuple], set[tuple]]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    num_samples: int,
+    skip_invalid: bool,
+    options: dict,
+) -> Missing:
+    """read: `read_done` of the output. Raises UserError for prompts that cannot be run, unless they
+    are left out. The engine's weights are not used."""
+    valid = [prompt for prompt in prompts if not prompt.error]
+    limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in valid}
+    runs = _runs(engine, policy, sampling, limits, options)
+    done, told = read(valid, num_samples, runs)
+    # A prompt is run again whole if a sample of it is missing: samples share their prefill.
+    left = [p for p in prompts if any((p.id, i) not in done for i in range(num_samples)) or p.error]
+    asked = {name: options[name] for name in ("system", "raw", "think") if name in options}
+    left, encoded, bad = encode_all(engine, policy, left, **asked)
+    refuse(bad, len(prompts), skip_invalid)
+    return Missing(left, encoded, limits, runs, done, num_samples, bad, told, len(prompts))
+
+
+def announce(missing: Missing, output: Path) -> None:
+    bad, total = len(missing.bad), missing.total
+    wrong = f", and what is wrong with {bad} of {total} prompts" if bad else ""
+    print(f"writing {missing.count} texts to {output}{wrong}", file=sys.stderr, flush=True)
+
+
 def run_batch(
     engine: Engine,
     prompts: list[Prompt],
@@ -70,23 +142,15 @@ def run_batch(
     """Writes to `output` what it lacks; None if it is complete. skip_invalid: of a prompt that
     cannot be run, a line with the reason. Options: Engine.generate's."""
     sampling = Sampling.of(sampling, {}, engine.text)
-    valid = [prompt for prompt in prompts if not prompt.error]
-    limits = {prompt.id: prompt.max_new_tokens or max_new_tokens for prompt in valid}
-    runs = _runs(engine, policy, sampling, limits, options)
-    done, told = read_done(output, valid, num_samples, runs)
-    # A prompt is run again whole if a sample of it is missing: samples share their prefill.
-    left = [p for p in prompts if any((p.id, i) not in done for i in range(num_samples)) or p.error]
-    asked = {name: options[name] for name in ("system", "raw", "think") if name in options}
-    left, encoded, bad = encode_all(engine, policy, left, **asked)
-    refuse(bad, len(prompts), skip_invalid)
-    new = [p for p in bad if (p.id, p.line, p.error) not in told]
-    if not left and not new:
+    missing = find_missing(
+        engine, prompts, policy, partial(read_done, output), max_new_tokens, sampling,
+        num_samples, skip_invalid, options,
+    )  # fmt: skip
+    left, tokens = missing.prompts, 0
+    if not missing:
         return None
-    missing = sum((p.id, i) not in done for p in left for i in range(num_samples))
-    tokens = 0
     if not quiet:
-        wrong = f", and what is wrong with {len(bad)} of {len(prompts)} prompts" if bad else ""
-        print(f"writing {missing} texts to {output}{wrong}", file=sys.stderr, flush=True)
+        announce(missing, output)
 
     def on_token(index: int, token: int) -> None:
         nonlocal tokens
@@ -99,27 +163,24 @@ def run_batch(
         bar.update(0)
 
     def on_finish(index: int, one) -> None:
-        prompt, number = left[index // num_samples], index % num_samples
-        if (prompt.id, number) in done:
-            return
-        entry = {"id": prompt.id, "sample": number, "prompt": prompt.prompt, **asdict(one)}
-        file.write(json.dumps({**entry, "run": runs[prompt.id]}, ensure_ascii=False))
-        bar.update()
+        line = missing.line(left[index // num_samples], index % num_samples, asdict(one))
+        if line is not None:
+            file.write(line)
+            bar.update()
 
     with (
         naming(left),
         Appender(output) as file,
-        tqdm(total=missing, unit="seq", disable=quiet or None, miniters=0) as bar,
+        tqdm(total=missing.count, unit="seq", disable=quiet or None, miniters=0) as bar,
     ):
-        for p in new:
-            entry = {"id": p.id, "line": p.line, "error": p.error}
-            file.write(json.dumps(entry, ensure_ascii=False))
+        for line in missing.errors():
+            file.write(line)
         if not left:
             return None
         return engine.generate(
-            encoded,
+            missing.encoded,
             policy,
-            [limits[prompt.id] for prompt in left],
+            [missing.limits[prompt.id] for prompt in left],
             sampling,
             num_samples=num_samples,
             on_token=on_token,

@@ -26,6 +26,7 @@ from ..policy import Policy
 from ..reasoner.problems import Problem
 from .batch import run_batch
 from .chat import Conversation, chat
+from .cluster import Cluster, check_folder, is_small, run_cluster, without_weights
 from .parser import MAX_NEW_TOKENS, PROMPT, gather_prompts, parse
 from .prompts import STDIN, Prompt, encode_all, listed, naming, refuse
 from .puzzle import SPARE, TASK, puzzle, verdict
@@ -33,7 +34,6 @@ from .screen import Screen, report, say, saying, warnings_in_lines
 
 PLAIN = "this model has no chat template; the prompt is continued as it stands"
 NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of CUDA and MPS, CPU, cuBLAS
-SMALL = 10_000_000  # parameters up to which a second thread costs more than it gains
 
 
 def run(argv: list[str] | None) -> int:
@@ -62,9 +62,11 @@ def _run(args: argparse.Namespace, policy: Policy) -> int:
         model = "demo" if own is None else "reasoner"
     smaller = "take a smaller model, --dtype bfloat16, or --device cpu"
     with saying(f"loading {model}", args.quiet), _memory(f"loading {model}", smaller):
-        engine = Engine.from_pretrained(
-            model, args.device, args.dtype, args.revision, args.compile, args.parallel
-        )
+        if args.ray is None:
+            loading = (model, args.device, args.dtype, args.revision, args.compile, args.parallel)
+            engine = Engine.from_pretrained(*loading)
+        else:  # the workers have the weights
+            engine = without_weights(model, args.device, args.dtype, args.revision)
     if args.template is not None:
         engine.text.choose_template(args.template)
     # The reasoner's puzzles are its own prompts, and need none.
@@ -119,6 +121,12 @@ def _check(args: argparse.Namespace) -> None:
             "--interactive reads prompts from you, and uses the chat template; leave out --prompt, "
             "--prompt-file, --skip-invalid, --output, --stats, --trace, --lens and --raw"
         )
+    if args.ray is not None and (args.prompt_file is None or args.output is None):
+        raise UserError("--ray needs --prompt-file and --output, a folder for the results")
+    if args.ray is not None and args.parallel is not None:
+        raise UserError("--ray is for models that fit one device; leave it or --parallel out")
+    if args.ray is not None and (args.stats or traced):
+        raise UserError("--ray writes results alone; leave out --stats, --trace and --lens")
     if args.template is not None and args.raw:
         raise UserError("--raw leaves out the chat template; leave out --template")
     if args.output is not None and traced:
@@ -137,7 +145,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{path} is named twice; give each output a file of its own")
         places.add(place)
     for path in outputs:
-        check_writable(path)
+        check_writable(path) if args.ray is None else check_folder(path)
 
 
 @contextmanager
@@ -155,9 +163,8 @@ def _memory(doing: str, mend: str) -> Iterator[None]:
 def _threads(count: int | None, engine: Engine) -> Iterator[None]:
     """Within it, PyTorch uses so many CPU threads; None: one for a small model, else all."""
     before = torch.get_num_threads()
-    small = sum(p.numel() for p in engine.model.parameters()) <= SMALL
     if count is None:
-        count = 1 if small and engine.device.type == "cpu" else before
+        count = 1 if is_small(engine) and engine.device.type == "cpu" else before
     torch.set_num_threads(count)
     try:
         yield
@@ -218,6 +225,12 @@ def _write(
     doing = "compiling; this takes about half a minute" if args.compile else "reading the prompt"
     if args.output is not None:
         options |= {"quiet": args.quiet, "skip_invalid": args.skip_invalid}
+        if args.ray is not None:
+            how = (args.device, args.revision, args.compile, args.threads)
+            cluster = Cluster.of(args.ray, engine, Engine.from_pretrained, *how)
+            return run_cluster(
+                cluster, engine, prompts, policy, args.output, most, sampling, **options
+            )
         return run_batch(engine, prompts, policy, args.output, most, sampling, **options)
     asked = {"system": args.system, "raw": args.raw, "think": args.think}
     good, encoded, bad = encode_all(engine, policy, prompts, **asked)

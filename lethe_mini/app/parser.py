@@ -22,14 +22,14 @@ SHORT = {"lethe": "the algorithm of the paper", "lethe-plus": "Lethe with our ad
 DEFAULT = "(default: %(default)s)"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message.replace('argument --budget: --', '--')} (see --help)")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policy]:
     """The options, and the policy that they describe. Raises UserError for what makes no sense."""
-    first = _Parser(add_help=False)  # the policy comes first: it may bring options of its own
+    first = Parser(add_help=False)  # the policy comes first: it may bring options of its own
     _add_policy(first)
     kind = _kind(first.parse_known_args(argv)[0])
     args = build_parser(kind).parse_args(argv)
@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policy]:
 
 def build_parser(own: type[Policy] | None = None) -> argparse.ArgumentParser:
     """own: a policy whose options are known beside those of the registry."""
-    parser = _Parser(
+    parser = Parser(
         description="Write text with a Llama, Mistral or Qwen model while a policy, such as Lethe "
         "(arXiv 2511.06029), prunes its KV cache."
     )
@@ -104,6 +104,8 @@ def _add_files(group) -> None:
     add = group.add_argument
     add("--output", type=Path, help="write results to this JSON Lines file; if it is there, add "
         "what it lacks")  # fmt: skip
+    add("--ray", metavar="local|auto|ADDRESS", help="run a prompt file on the workers of a Ray "
+        "cluster, and write parts into the folder --output (extra cluster)")  # fmt: skip
     add("--stats", type=Path, help="write statistics and sequences to this JSON file")
     add("--trace", type=Path, help="write what every round kept and dropped to this JSON file")
     add("--lens", type=Path, help="write a page that shows the rounds to this HTML file")

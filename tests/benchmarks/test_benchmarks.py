@@ -128,7 +128,9 @@ def test_a_cache_put_aside_comes_back_as_it_was(settings):
 
 @torch.inference_mode()
 def test_random_weights_of_a_geometry_and_scores_in_a_trained_models_shape(settings, monkeypatch):
-    small = shapes._sizes(shapes.LLAMA3, 24, 29, 3, 6, 2, True, vocab_size=61)
+    small = {**shapes.SHAPES["llama-1b"], "hidden_size": 24, "intermediate_size": 29}
+    small |= {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    small["vocab_size"] = 61
     monkeypatch.setitem(shapes.SHAPES, "small", small)
     changes = {"shape": "small", "policy": "lethe-plus", "share": 0.5}
     system, facts = loaded(ours.Ours, settings, **changes)
@@ -149,6 +151,7 @@ def test_random_weights_of_a_geometry_and_scores_in_a_trained_models_shape(setti
 def test_published_geometries_have_their_models_sizes():
     billions = {name: shapes.weights_estimate(name) / 2e9 for name in shapes.SHAPES}
     assert billions["llama-8b"] == pytest.approx(8.03, rel=0.01)
+    assert billions["llama-70b"] == pytest.approx(70.55, rel=0.01)
     assert billions["llama-1b"] == pytest.approx(1.24, rel=0.01)
     assert billions["qwen-7b"] == pytest.approx(7.62, rel=0.01)
     assert billions["qwen-0.5b"] == pytest.approx(0.494, rel=0.01)

@@ -8,7 +8,15 @@ import torch
 from benchmarks.speed import gpu, shapes
 from benchmarks.speed.ours import Ours
 
-TOY = shapes._sizes(shapes.LLAMA3, 48, 64, 2, 6, 2, False, vocab_size=97)
+TOY = {
+    **shapes.SHAPES["llama-8b"],
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
 ARGV = [
     *("--shape", "toy", "--device", "cpu", "--dtype", "float32", "--no-compile"),
     *("--batch", 1, 2, "--length", 40, 300, "--interval", 8, "--prompt", 300, "--largest", 3),

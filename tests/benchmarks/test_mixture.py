@@ -6,7 +6,15 @@ import torch
 
 from benchmarks.speed import experts, shapes
 
-TINY = shapes._sizes(shapes.QWEN3_MOE, 24, 29, 3, 6, 2, False, vocab_size=61)
+TINY = {
+    **shapes.SHAPES["qwen3-30b-a3b"],
+    "hidden_size": 24,
+    "intermediate_size": 29,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+}
 TINY |= {"head_dim": 10, "num_experts": 11, "num_experts_per_tok": 3, "moe_intermediate_size": 13}
 
 
