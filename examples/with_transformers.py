@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lethe_mini import Lethe, reasoner
 from lethe_mini.integrations.transformers import pruned
 from lethe_mini.reasoner.problems import problem
 
 name = sys.argv[1] if len(sys.argv) > 1 else Path(reasoner.__file__).parent
-tokenizer = AutoTokenizer.from_pretrained(name)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 prompt = problem("walk", random.Random(0), 40).prompt
