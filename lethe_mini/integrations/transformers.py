@@ -266,6 +266,8 @@ class PrunedCache(Cache):
             self.reading = False
             self.prune(prefilled=True)
 
+    @torch.inference_mode(False)  # as in `attention`
+    @torch.no_grad()
     def prune(self, prefilled: bool = False) -> None:
         """A round for the sequences that are due."""
         due = self.policy.due(self.kv, prefilled)

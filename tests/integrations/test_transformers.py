@@ -309,9 +309,15 @@ def test_an_empty_cache_reports_nothing():
 
 
 def test_modes_mix_and_no_gradient_is_kept():
-    """A pass with gradients, without, and in inference mode write to one storage."""
+    """Passes with gradients, without, and in inference mode write to one storage, and so does the
+    round of a report."""
     model, tokens = new_model(), some_tokens(29)
     right = generate(model, tokens, pruned(model, small(Lethe)), 9)
+    cache = pruned(model, small(Lethe))
+    with torch.inference_mode():
+        model(tokens[:, :28], past_key_values=cache)
+        assert cache.report().rounds == 1
+    step(model, tokens[:, 28:], cache)
     model.requires_grad_(True)
     cache = pruned(model, small(Lethe))
     with torch.inference_mode():
