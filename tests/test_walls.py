@@ -31,6 +31,7 @@ ROOMS = {  # room or module: what it may import of the package, beside itself
     "generation": ["cache", "kernels", "errors"],
     "reasoner": [],
     "lens": ["errors"],
+    "integrations": ["attention", "cache", "errors", "generation", "kernels", "policy", "rope"],
     "app": ["*"],
     "sizing": ["app", "config", "model", "cache", "policy", "checkpoint", "experts", *TOOLS],
     "": ["*"],  # lethe_mini/__init__.py

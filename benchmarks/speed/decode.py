@@ -50,7 +50,7 @@ from benchmarks.speed.shapes import SHAPES, weights_estimate
 from benchmarks.speed.workers import Load, Worker, WorkerError
 from lethe_mini.policies import POLICIES
 
-PEERS = ("transformers", "llama.cpp", "kvpress")
+PEERS = ("transformers", "pruned", "llama.cpp", "kvpress")
 ROOM = 1024  # tokens beyond the prompt, for an engine with a context of fixed size
 WARM = 128  # tokens of a prompt that every worker reads before anything is measured
 SHORT = 1.0  # seconds; a shorter prefill is measured three times
@@ -148,6 +148,9 @@ class Bench:
         for peer in args.peers:
             if peer == "transformers":
                 workers.append(Worker(peer, "full", peer, self.settings))
+            elif peer == "pruned":
+                settings = {**self.settings, "share": share / 100}
+                workers.append(Worker("transformers, pruned", f"snapkv@{share:g}", peer, settings))
             elif peer == "kvpress":
                 settings = {**self.settings, "share": share / 100}
                 python = args.kvpress_python or sys.executable

@@ -4,7 +4,8 @@
 
 The worker reads one JSON request a line from standard input and answers with one line of JSON.
 Between two requests it waits for input and uses no processor. Systems are `ours`, `transformers`,
-`kvpress` and `llama.cpp`; `machine` has no model, measures the read bandwidth and makes prompts.
+`pruned` (our SnapKV inside it), `kvpress` and `llama.cpp`; `machine` has no model, measures the
+read bandwidth and makes prompts.
 Another engine may bring an interpreter with neither torch nor this package, so everything here is
 imported late.
 
@@ -29,6 +30,7 @@ SYSTEMS = {
     "ours": "benchmarks.speed.ours:Ours",
     "machine": "benchmarks.speed.ours:Machine",
     "transformers": "benchmarks.speed.peers:Transformers",
+    "pruned": "benchmarks.speed.peers:Pruned",
     "kvpress": "benchmarks.speed.peers:KVPress",
     "llama.cpp": "benchmarks.speed.peers:LlamaCpp",
 }

@@ -101,6 +101,45 @@ class Transformers(System):
         return {"kv_bytes": size, "kv_allocated": size, "tokens": tokens}
 
 
+class Pruned(Transformers):
+    """Our SnapKV inside transformers, at the share and the interval of the row of kvpress."""
+
+    def prefill(self, ids: list[int], batch: int) -> float:
+        import torch
+
+        from lethe_mini import SnapKV
+        from lethe_mini.integrations.transformers import pruned
+
+        budget = max(16, round(self.settings["share"] * len(ids)))
+        policy = SnapKV(
+            budget=budget, interval=self.settings["interval"], window=min(64, budget // 2),
+            protect_prompt=False,
+        )  # fmt: skip
+        self.sync()
+        start = time.perf_counter()
+        tokens = torch.tensor([ids], device=self.model.device)
+        self.cache = pruned(self.model, policy)
+        out = self.model(tokens, **self.caching(), logits_to_keep=1)
+        self.chosen = out.logits[:, -1].argmax(-1).tolist()
+        self.cache.report()  # which prunes the prompt
+        seconds = time.perf_counter() - start
+        with torch.inference_mode(False):  # as the cache itself does
+            self.cache.kv.select([0] * batch)
+        self.tokens = torch.tensor(self.chosen * batch, device=self.model.device)
+        return seconds
+
+    def held(self) -> dict:
+        from lethe_mini.generation.stats import kv_bytes
+
+        report = self.cache.report()
+        tokens = statistics.fmean(count for layers in report.kept for count in layers)
+        return {
+            "kv_bytes": kv_bytes(self.cache.kv),
+            "kv_allocated": report.bytes,
+            "tokens": tokens,
+        }
+
+
 class KVPress(Transformers):
     """kvpress: transformers with a SnapKVPress in prefill and, while decoding, a DecodingPress with
     SnapKV's scores, to the same share of the cache at the same interval."""

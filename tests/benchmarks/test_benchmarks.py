@@ -102,6 +102,22 @@ def test_a_share_of_the_cache_is_what_decoding_starts_from(settings):
 
 
 @torch.inference_mode()
+def test_transformers_with_our_cache_holds_a_share_and_full_writes_what_it_writes(settings):
+    system, _ = loaded(peers.Pruned, settings, share=0.25)
+    state = system.fill(IDS, batch=3)
+    assert state["tokens"] == round(0.25 * len(IDS))
+    assert state["kv_bytes"] == 3 * state["tokens"] * TOKEN
+    state = system.steps(16, warm=0)
+    assert state["tokens"] == round(0.25 * len(IDS))
+    chosen = []
+    for kind, share in ((peers.Transformers, None), (peers.Pruned, 1.5)):
+        system, _ = loaded(kind, settings, share=share)
+        system.fill(IDS, batch=2)
+        chosen.append(system.steps(9, warm=0)["chosen"])
+    assert chosen[0] == chosen[1]
+
+
+@torch.inference_mode()
 def test_a_policy_at_100_percent_never_prunes_and_chooses_what_the_full_cache_chooses(settings):
     chosen = []
     for changes in ({}, {"policy": "lethe-plus", "share": 1.0}):
