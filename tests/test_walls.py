@@ -33,7 +33,7 @@ ROOMS = {  # room or module: what it may import of the package, beside itself
     "lens": ["errors"],
     "integrations": ["attention", "cache", "errors", "generation", "kernels", "policy", "rope"],
     "app": ["*"],
-    "sizing": ["app", "config", "model", "cache", "policy", "checkpoint", "experts", *TOOLS],
+    "sizing": ["*"],
     "": ["*"],  # lethe_mini/__init__.py
 }
 # Inside a function, so only where it is needed: the engine loads a model by name.
