@@ -3,7 +3,7 @@
     python examples/with_transformers.py [MODEL]
 
 MODEL is a folder or a hub's id; by default the small reasoner of this package. It wants
-`pip install 'lethe-mini[transformers]'`.
+`pip install -e '.[transformers]'`.
 """
 
 import random
