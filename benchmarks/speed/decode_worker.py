@@ -5,7 +5,7 @@
 The worker reads one JSON request a line from standard input and answers with one line of JSON.
 Between two requests it waits for input and uses no processor. Systems are `ours`, `transformers`,
 `pruned` (our SnapKV inside it), `kvpress` and `llama.cpp`; `machine` has no model, measures the
-read bandwidth and makes prompts.
+read bandwidth and makes prompts. `kvpress-text` reads given texts for benchmarks.quality.kvpress.
 Another engine may bring an interpreter with neither torch nor this package, so everything here is
 imported late.
 
@@ -32,6 +32,7 @@ SYSTEMS = {
     "transformers": "benchmarks.speed.peers:Transformers",
     "pruned": "benchmarks.speed.peers:Pruned",
     "kvpress": "benchmarks.speed.peers:KVPress",
+    "kvpress-text": "benchmarks.quality.kvpress_worker:Reading",
     "llama.cpp": "benchmarks.speed.peers:LlamaCpp",
 }
 
