@@ -171,6 +171,7 @@ def write_texts(
     watch: Callable[[KVCache, int], None] | None = None,
     *,
     samples: int,
+    sampling: Sampling,
     **options,
 ) -> bool:
     """jobs: [number, token ids] each -> puts [number, sample, result] each, and at last [None,
@@ -201,6 +202,7 @@ def write_texts(
     result = engine.generate(
         [ids for _, ids in jobs],
         policy,
+        sampling=sampling,
         num_samples=samples,
         on_token=held.on_token,
         on_finish=on_finish,

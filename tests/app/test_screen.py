@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from lethe_mini import Engine, FullKV, Lethe, LethePlus, StreamingLLM
-from lethe_mini.app import cli, screen
+from lethe_mini.app import cli, cluster, screen
 from lethe_mini.app.batch import run_batch
 from lethe_mini.app.parser import PROMPT
 from lethe_mini.app.prompts import Prompt
@@ -314,7 +314,7 @@ def test_a_small_model_takes_one_thread_unless_it_is_told(threads, folder, optio
 
 def test_a_larger_model_takes_all_threads(threads, folder, monkeypatch):
     """What is small is a question of parameters."""
-    monkeypatch.setattr(cli, "SMALL", 100)
+    monkeypatch.setattr(cluster, "SMALL", 100)
     assert cli.main(["--model", str(folder), "--prompt", "a", "--max-new-tokens", "2"]) == 0
     assert threads == [3]
 

@@ -351,5 +351,6 @@ def test_when_a_process_is_killed_the_others_end_with_one_line(mode, victim):
     others = [code for number, code in enumerate(codes) if number != victim]
     assert others == [1] * (count - 1)
     told = [line for text in err for line in text.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
+    # The first process keeps what tells that another has told it. torchrun keeps it itself.
+    assert len(told) == (1 if victim else count - 1)
     assert "Traceback" not in "".join(err)

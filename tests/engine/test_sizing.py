@@ -203,7 +203,10 @@ SHAPE = ["--shape", "llama-70b"]
         (["--shape", "llama-71b"], "llama-71b"),
         (["--model", "./nowhere"], "no such folder"),
         ([*SHAPE, "--devices", "9"], "8 key/value heads do not go over 9 devices"),
-        ([*SHAPE, "--devices", "81", "--parallel", "layers"], "80 layers do not go over 81 devices"),
+        (
+            [*SHAPE, "--devices", "81", "--parallel", "layers"],
+            "80 layers do not go over 81 devices",
+        ),
         ([*SHAPE, "--devices", "0"], "--devices should be at least 1, not 0"),
         ([*SHAPE, "--batch", "-1"], "--batch should be at least 1, not -1"),
         ([*SHAPE, "--prompt", "0"], "--prompt should be at least 1, not 0"),
