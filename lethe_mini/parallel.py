@@ -14,6 +14,7 @@ On the command line the first process alone reads prompts and writes text; the o
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -635,7 +636,6 @@ def lead_or_follow(
             else:
                 with PRESSES.held_back():
                     code = engine.follow(policy)
-        dist.destroy_process_group()
         return code
     except BaseException as error:
         codes = {KeyboardInterrupt: 130, BrokenPipeError: 0}
@@ -648,6 +648,15 @@ def lead_or_follow(
             raise
         tell(error)
         return code
+
+
+def leave(code: int) -> None:
+    """Ends a process of a divided model here and now. While Python ends by itself, the threads of
+    PyTorch's processes may abort it."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 DIVISIONS = {"tensor": ByHeads, "layers": ByLayers}

@@ -21,7 +21,7 @@ from ..generation.sampling import Sampling
 from ..generation.stats import Result
 from ..lens.page import write_page
 from ..lens.trace import Trace
-from ..parallel import lead_or_follow
+from ..parallel import lead_or_follow, leave
 from ..policy import Policy
 from ..reasoner.problems import Problem
 from .batch import run_batch
@@ -264,6 +264,12 @@ def _write(
 
 
 def main(argv: list[str] | None = None) -> int:
+    code = _main(argv)
+    leave(code)
+    return code
+
+
+def _main(argv: list[str] | None) -> int:
     try:
         with warnings_in_lines():
             return run(argv)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from lethe_mini import Engine
 from lethe_mini.generation.stats import memory_peak
+from lethe_mini.parallel import leave
 from lethe_mini.policies import POLICIES
 
 
@@ -47,10 +48,8 @@ def main(jobs, out):
         found.append(run(engines[key], job))
         weights = sum(p.numel() for p in engines[key].model.parameters())
         found[-1] = [*found[-1], weights, grown]
-    if dist.is_initialized():
-        out += str(dist.get_rank())
-        dist.destroy_process_group()
-    Path(out).write_text(json.dumps(found), encoding="utf-8")
+    Path(out + str(dist.get_rank())).write_text(json.dumps(found), encoding="utf-8")
+    leave(0)
 
 
 if __name__ == "__main__":
