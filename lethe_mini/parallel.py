@@ -167,7 +167,7 @@ def runs(costs: list[int], count: int) -> list[range]:
 def by_heads(config: ModelConfig, count: int, rank: int) -> ModelConfig:
     """The sizes of what a device holds of every layer, by whole key/value heads and by columns.
     Raises UserError for more devices than heads."""
-    heads, group = config.num_key_value_heads, config.num_attention_heads
+    heads, queries = config.num_key_value_heads, config.num_attention_heads
     if count > heads:
         raise UserError(
             f"the model's {heads} key/value heads do not go over {count} devices; take {heads} or "
@@ -176,7 +176,7 @@ def by_heads(config: ModelConfig, count: int, rank: int) -> ModelConfig:
     mine = shares(heads, count)[rank]
     return replace(
         config,
-        num_attention_heads=mine * (group // heads),
+        num_attention_heads=mine * (queries // heads),
         num_key_value_heads=mine,
         intermediate_size=shares(config.intermediate_size, count)[rank],
         moe_intermediate_size=shares(config.moe_intermediate_size, count)[rank],

@@ -219,7 +219,7 @@ class Pruner(Limits, Policy):
         """What a layer keeps of the sequences `rows`: (R, H_kv, S) bool; their importance; and
         (4, R): how many tokens each head keeps, might keep, keeps as recent, and how many stand
         out. share, rows, first (protected positions): (R,)."""
-        if not layer.peers.here:
+        if not layer.peers.here:  # another device has its tokens, and tells how many stay
             return layer.positions[rows].bool(), None, share.new_zeros(4, len(rows))
         importance, lengths = self.importance(layer, cache)[rows], layer.filled[rows]
         room = share if self.budget is None else share - first.minimum(lengths)  # beside protected

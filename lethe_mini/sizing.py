@@ -148,9 +148,9 @@ def most_slots(policy: Policy, prompt: int, length: int, device: torch.device) -
 def layer_bytes(config: ModelConfig, policy: Policy, batch: int, slots: int, dtype) -> int:
     """Of one layer's storage: keys, values, positions, scores and what else the policy notes."""
     one = replace(config, num_hidden_layers=1)
-    layer = KVCache(one, batch, dtype, "meta", notes=policy.notes()).layers[0]
-    layer.resize(slots)
-    tensors = (*layer.store.values(), layer.queries, layer.beacons, layer.gone)
+    cache = KVCache(one, batch, dtype, "meta", notes=policy.notes())
+    cache.layers[0].resize(slots)
+    _, *tensors = cache.tensors()  # the first is not the layer's
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -308,7 +308,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--devices", type=int, default=1, help=default)
     add("--parallel", default="tensor", choices=MODES, help="how they divide a "
-        f"model: by heads, columns and experts, or by layers {default}")  # fmt: skip
+        f"model: by heads and columns, or by layers {default}")  # fmt: skip
     add("--device", default="cuda", choices=("cuda", "cpu"), help=f"kind of the devices {default}")
     add("--memory", type=parse_memory, default="80GB", help=f"of each device {default}")
     add("--batch", type=int, default=1, help=f"sequences at once {default}")

@@ -101,6 +101,12 @@ class Transformers(System):
         return {"kv_bytes": size, "kv_allocated": size, "tokens": tokens}
 
 
+def snapkv_sizes(share: float, tokens: int) -> tuple[int, int]:
+    """The budget and the window of SnapKV's rows; it keeps the window it looks through."""
+    budget = max(16, round(share * tokens))
+    return budget, min(64, budget // 2)
+
+
 class Pruned(Transformers):
     """Our SnapKV inside transformers, at the share and the interval of the row of kvpress."""
 
@@ -110,11 +116,10 @@ class Pruned(Transformers):
         from lethe_mini import SnapKV
         from lethe_mini.integrations.transformers import pruned
 
-        budget = max(16, round(self.settings["share"] * len(ids)))
+        budget, width = snapkv_sizes(self.settings["share"], len(ids))
         policy = SnapKV(
-            budget=budget, interval=self.settings["interval"], window=min(64, budget // 2),
-            protect_prompt=False,
-        )  # fmt: skip
+            budget=budget, interval=self.settings["interval"], window=width, protect_prompt=False
+        )
         self.sync()
         start = time.perf_counter()
         tokens = torch.tensor([ids], device=self.model.device)
@@ -157,10 +162,8 @@ class KVPress(Transformers):
         return facts
 
     def prefill(self, ids: list[int], batch: int) -> float:
-        share, interval = self.settings["share"], self.settings["interval"]
-        budget = max(16, round(share * len(ids)))
-        scorer = self.kvpress.SnapKVPress
-        width = min(64, budget // 2)  # SnapKV keeps the window it looks through
+        budget, width = snapkv_sizes(self.settings["share"], len(ids))
+        interval, scorer = self.settings["interval"], self.kvpress.SnapKVPress
         self.close()
         before = scorer(compression_ratio=1 - budget / len(ids), window_size=width)
         with before(self.model):

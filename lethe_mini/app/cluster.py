@@ -49,9 +49,13 @@ def without_weights(model: str, device: str, dtype: str, revision: str | None) -
     folder = resolve(model, revision)
     with torch.device("meta"):
         transformer = Transformer(read_config(folder))
-    kind = pick_device("auto") if device == "auto" else device
-    transformer.to(pick_dtype(dtype, kind, folder))
+    transformer.to(pick_dtype(dtype, device_of_workers(device), folder))
     return Engine(transformer, Text(folder), model)
+
+
+def device_of_workers(name: str) -> str:
+    """This machine's best for "auto"; else as named, for the workers may have what it lacks."""
+    return pick_device("auto") if name == "auto" else name
 
 
 def is_small(engine: Engine) -> bool:
@@ -116,7 +120,7 @@ class Cluster:
     ) -> "Cluster":
         """Workers with the weights of an engine of `without_weights`, in its dtype. load:
         Engine.from_pretrained, or what takes the same."""
-        device = pick_device("auto") if device == "auto" else device
+        device = device_of_workers(device)
         dtype = str(engine.dtype).removeprefix("torch.")
         load = partial(load, engine.name, device, dtype, revision, compile)
         return cls(address, load, device, threads, is_small(engine))

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..generation.requests import POSITIONS
 from ..generation.sampling import Sampling
 from ..options import Budget, check_budget, show_budget
+from ..parallel import MODES
 from ..policies import POLICIES, find_policy
 from ..policy import Policy
 from .prompts import Prompt, read_prompts, refuse
@@ -75,7 +76,7 @@ def _add_model(group) -> None:
     add("--device", default="auto", help=f"auto, cpu, cuda, mps {DEFAULT}")
     add("--dtype", default="auto", help=f"auto, float32, bfloat16, float16 {DEFAULT}")
     add("--compile", action="store_true", help="torch.compile: slower to start, then faster")
-    add("--parallel", choices=("tensor", "layers"), help="one model over torchrun's processes, "
+    add("--parallel", choices=MODES, help="one model over torchrun's processes, "
         "divided by heads and columns, or by layers")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores; one for a model as small as "
         "the reasoner)")  # fmt: skip

@@ -29,14 +29,13 @@ from ..attention import attend, causal_mask
 from ..cache import KVCache
 from ..errors import UserError
 from ..generation.stats import allocated, token_bytes
-from ..kernels import lagged, to_device, write
+from ..kernels import MASS_BLOCK, best_size, lagged, to_device, write
 from ..policy import Policy
 from ..rope import rope_cos_sin, rotate
 
 NAME = "lethe_mini"  # of the attention, for transformers
 KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 KNOWN = {"position_ids", "cache_position"}  # tensors given to attention that change nothing here
-BLOCK = 64  # queries whose softmax is held at once
 
 
 def pruned(model: PreTrainedModel, policy: Policy) -> "PrunedCache":
@@ -337,8 +336,9 @@ def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float, lag
     H_kv, S = k.shape[1:3]
     out, mass = torch.empty_like(q), torch.zeros(B, H_kv, S, device=q.device)
     slots, places = torch.arange(S, device=q.device), torch.arange(S - T, S, device=q.device)
-    for first in range(0, T, BLOCK):
-        some = slice(first, first + BLOCK)
+    block = best_size(MASS_BLOCK, q.device)
+    for first in range(0, T, block):
+        some = slice(first, first + block)
         looks = (slots <= places[some, None])[None, None] if mask is None else mask[:, :, some]
         rows = q[:, :, some].reshape(B, H_kv, -1, D) * D**-0.5  # (B, H_kv, G * t, D)
         logits = torch.matmul(rows, k.mT).float().view(B, H_kv, H // H_kv, -1, S)
