@@ -387,10 +387,13 @@ def test_all_of_it_works_by_touch(opened, runs):
             )
         touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         view.wait_for_function("() => document.getElementById('pick-0').value === '4'")
-        box = view.locator("svg[aria-label^='Hoyer']").bounding_box()
-        before = view.locator("#pick-0").input_value()
-        view.locator("svg[aria-label^='Hoyer']").tap(position={"x": box["width"] / 2, "y": 9})
-        view.wait_for_function(f"() => document.getElementById('pick-0').value !== '{before}'")
+        chart = view.locator("svg[aria-label^='Hoyer']")
+        for _ in range(10):  # the first tap may only stop the swipe: it comes without a click
+            chart.tap(position={"x": chart.bounding_box()["width"] / 2, "y": 9})
+            view.wait_for_timeout(1000)
+            if view.locator("#pick-0").input_value() != "4":
+                break
+        assert view.locator("#pick-0").input_value() != "4"
 
 
 @pytest.mark.demo
