@@ -298,6 +298,9 @@ class Bench:
                 self.prefill(full, plus)  # before the next two change the policy's settings
                 self.rounds(plus)
                 self.long_text(plus)
+            for policy in ("lethe@100", "recall@100"):
+                with self.team(self.ours(policy, compiled)) as (worker,):
+                    self.rounds(worker)
         except WorkerError as error:
             self.note(f"the rest of these questions: {error}")
 
@@ -346,18 +349,19 @@ class Bench:
                 what = f"{full.label}: growth in prefill {how}"
                 self.target(what, grown, "{:,.0f} MB", kv_bytes=reply["kv_bytes"])
 
-    def rounds(self, plus: Worker) -> None:
-        """Share of time in rounds, over two intervals that begin at --target-length tokens."""
+    def rounds(self, worker: Worker) -> None:
+        """Share of time in rounds (and, for Recall, in looks between them), over two intervals that
+        begin at --target-length tokens."""
         args = self.args
         budget = max(16, round(0.083 * args.target_length))
-        self._checked(self.ask(plus, "configure", share=None, budget=budget))
+        self._checked(self.ask(worker, "configure", share=None, budget=budget))
         for batch in args.batch:
             ids = self.prompt(args.target_length)
-            self._checked(self.ask(plus, "fill", ids=ids, batch=batch))
-            reply = self._checked(self.ask(plus, "decode", count=2 * args.interval))
+            self._checked(self.ask(worker, "fill", ids=ids, batch=batch))
+            reply = self._checked(self.ask(worker, "decode", count=2 * args.interval))
             steps, rounds = sum(reply["step_seconds"]), reply["rounds_total"]
             what = (
-                f"{plus.label}: share of decode in rounds, batch {batch}, budget {budget} of "
+                f"{worker.name}: share of decode in rounds, batch {batch}, budget {budget} of "
                 f"{args.target_length:,}, interval {args.interval}"
             )
             facts = {"round_seconds": reply["round_seconds"], "step_seconds": steps}

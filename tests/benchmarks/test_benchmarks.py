@@ -271,8 +271,10 @@ def test_the_grid_from_start_to_end(checkpoint, tmp_path, capsys):
     assert {"hardware", "versions", "commit", "processor_shares"} <= facts.keys()
     assert facts["versions"]["transformers"]["transformers"]
     asked = "\n".join(target["what"] for target in facts["targets"])
-    for part in ("cost of scoring", "in rounds", "with scores against without", "time per token"):
+    for part in ("cost of scoring", "with scores against without", "time per token"):
         assert part in asked
+    for policy in ("lethe-plus", "lethe", "recall"):
+        assert f"{policy}@100: share of decode in rounds" in asked
     assert facts["notes"] == []
 
 
