@@ -246,14 +246,17 @@ def test_foresight_loses_the_least_mass(engine, prose, monkeypatch):
     few = {"interval": 8, "sinks": 2, "protect_prompt": False, "recent_ratio": 0.0}
     roomy = foresight.Foretold(bench(engine), ids, 8).read(foresight.Foresight(budget=60, **few))
     assert sum(roomy["kl"]) == pytest.approx(0, abs=1e-4)
-    assert sum(roomy["lost"]) == 0 < min(roomy["looks"])
+    looks = torch.tensor(roomy["looks"])
+    assert torch.tensor(roomy["lost"]).sum() == 0 < looks.min()
+    assert sum(roomy["old_looks"]) == pytest.approx(looks.sum().item())
     one_round = foresight.Foretold(bench(engine), ids[:25], 8)
     least = one_round.read(foresight.Foresight(budget=10, **few))
     for policy in (POLICIES[name](budget=10, **few) for name in ("random", "h2o")):
         other = one_round.read(policy)
         assert other["looks"] == least["looks"]
         for best, lost in zip(least["lost"], other["lost"], strict=True):
-            assert 0 < best <= lost
+            assert 0 < sum(best) <= sum(lost)
+        assert sum(other["old_lost"]) == pytest.approx(torch.tensor(other["lost"]).sum().item())
 
 
 def test_squared_mass_squares_what_each_query_gives():
@@ -495,6 +498,34 @@ def test_only_what_the_model_wrote_counts(engine, prose):
     assert mine["tokens"] == [7, 7]
     for name in ("nats", "kl", "agree"):
         assert sum(mine[name]) == pytest.approx(sum(every[name][n] for n in places))
+
+
+@torch.inference_mode()
+def test_where_attention_is_lost(engine, prose, monkeypatch):
+    """In the model's own chains too: what has been looked at does not depend on the policy, also of
+    one whose looks end chunks earlier; the tables say the shares."""
+    monkeypatch.setattr(foresight, "LOOK", 4)
+    text = own.Text(prose[:57], [n % 3 == 0 for n in range(57)], 17)
+    common = {"budget": 12, "interval": 8, "sinks": 2, "protect_prompt": False}
+    policies = [POLICIES["random"](**common), POLICIES["recall"](**common, window=4)]
+    one = foresight.ForetoldOwn(bench(engine), text, 8)
+    results = [one.read(policy) for policy in policies]
+    plain = quality.Own(bench(engine), text, 8).read(policies[1])
+    assert {name: results[1][name] for name in plain} == plain
+    for name in ("looks", "old_looks"):
+        first, second = (torch.tensor(result[name]) for result in results)
+        torch.testing.assert_close(first, second)
+        lost = torch.tensor(results[0][name.replace("looks", "lost")])
+        assert (lost <= first).all()
+        assert lost.sum() > 0
+    cells = [choices.Cell(p.name, "12", False, p) for p in policies]
+    lines = foresight.lost_tables(cells, [[result] for result in results]).splitlines()
+    layers = engine.model.config.num_hidden_layers
+    shares = [float(line.split("|")[2]) for line in lines[2 : layers + 2]]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert lines[layers + 5].startswith("| 0 to 128 | 100.0 | ")
+    looks, lost = (torch.tensor(results[1][name])[-1].sum() for name in ("looks", "lost"))
+    assert lines[layers + 1].endswith(f"| {100 * lost / looks:.1f} |")
 
 
 @pytest.mark.parametrize("task", ["prose", "needle"])
