@@ -80,6 +80,7 @@ class Foresight(Pruner):
 class Foretold(Prose):
     """A text that is read once with the full cache, noting attention, before policies read it."""
 
+    policy: Policy | None = None  # that is read under, and loses attention
     noted: dict[int, Mass] | None = None  # tokens seen -> mass received so far
     squared: dict[int, Mass] | None = None  # the same, of squares
 
@@ -87,10 +88,11 @@ class Foretold(Prose):
     def read(self, policy: Policy) -> dict:
         """Adds the squared attention (`looks`) and the part of it that is `lost`: of each KV head,
         by layer (L, H_kv), and by the keys' age (`old_looks`, `old_lost`)."""
+        if isinstance(policy, FullKV):  # it loses nothing, and has no rounds to take notes for
+            return super().read(policy)
         if self.noted is None:
-            interval = getattr(policy, "interval", CHUNK)
-            self.noted = self.note(interval, attention.received_mass)
-            self.squared = self.note(min(LOOK, interval), squared_mass)
+            self.noted = self.note(policy.interval, attention.received_mass)
+            self.squared = self.note(min(LOOK, policy.interval), squared_mass)
         if isinstance(policy, Foresight):
             Foresight.to_come = to_come(self.noted, policy.fade)
         heads = self.noted[max(self.noted)][0].shape[0]

@@ -509,7 +509,12 @@ def test_where_attention_is_lost(engine, prose, monkeypatch):
     common = {"budget": 12, "interval": 8, "sinks": 2, "protect_prompt": False}
     policies = [POLICIES["random"](**common), POLICIES["recall"](**common, window=4)]
     one = foresight.ForetoldOwn(bench(engine), text, 8)
+    assert "looks" not in one.read(FullKV())
     results = [one.read(policy) for policy in policies]
+    oracle = one.read(foresight.Foresight(**common, recent_ratio=0.0, fade=1.0))
+    assert torch.tensor(oracle["looks"]).sum() == pytest.approx(
+        torch.tensor(results[0]["looks"]).sum()
+    )
     plain = quality.Own(bench(engine), text, 8).read(policies[1])
     assert {name: results[1][name] for name in plain} == plain
     for name in ("looks", "old_looks"):
