@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     print(table("prose", rows), "\n\nattention lost, in %:\n")
     print(lost_tables(cells[1:], found[1:]))
     names = ("looks", "lost", "old_looks", "old_lost")
-    lost = [[{name: one[name] for name in names} for one in ones] for ones in found]
+    lost = [[{name: one[name] for name in names} for one in ones] for ones in found[1:]]
     write_json(args.json, args, {"hardware": hardware(), "rows": rows, "lost": lost})
 
 

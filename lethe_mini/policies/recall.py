@@ -29,6 +29,7 @@ from ..policy import Pruner, Round, rank
 from ..rope import rope_cos_sin, rotate
 
 SAME = 0.999  # cosine above which two queries are one, rounded differently
+AT_ONCE = 8  # layers whose beacons are chosen together: few operations, and little memory
 
 
 @dataclass(frozen=True)
@@ -70,29 +71,34 @@ class Recall(Pruner):
         rows = [row for row, n in enumerate(since) if prefilled or n % self.window == 0]
         if rows:
             index = to_device(rows, cache.device)
-            for layer in cache.layers:
-                self.look(layer, cache, index)
+            for first in range(0, len(cache.layers), AT_ONCE):
+                self.look(cache.layers[first : first + AT_ONCE], cache, index)
         return super().due(cache, prefilled)
 
-    def look(self, layer: LayerCache, cache: KVCache, rows: Tensor) -> None:
+    def look(self, layers: list[LayerCache], cache: KVCache, rows: Tensor) -> None:
         """Marks the keys of these sequences (R,) and chooses their beacons anew, from the old ones
         and the last queries."""
-        queries, S = layer.queries[rows], layer.length
+        pool, there = [], []
         ages = torch.arange(self.window, 0, -1, device=cache.device)
-        asked = (ages <= cache.next[rows, None])[:, None].expand(queries.shape[:3])
-        inv_freq = layer.inv_freq.float()
+        for layer in layers:
+            queries, S = layer.queries[rows], layer.length
+            asked = (ages <= cache.next[rows, None])[:, None].expand(queries.shape[:3])
+            inv_freq = layer.inv_freq.float()
 
-        later = rotate(queries, *rope_cos_sin(ages + self.after, inv_freq))
-        most = largest_attention(later, asked, layer.keys[rows], layer.valid()[rows])
-        marks = layer.store["marks"]
-        marks[rows, :, :S] = marks[rows, :, :S].maximum(most)
+            later = rotate(queries, *rope_cos_sin(ages + self.after, inv_freq))
+            most = largest_attention(later, asked, layer.keys[rows], layer.valid()[rows])
+            marks = layer.store["marks"]
+            marks[rows, :, :S] = marks[rows, :, :S].maximum(most)
 
-        plain = rotate(queries, *rope_cos_sin(ages - now(layer, cache, rows), inv_freq))
-        pool = torch.cat((layer.beacons[rows], plain), dim=2)
-        there = torch.cat((layer.beacons[rows].any(-1), asked), dim=2)
+            plain = rotate(queries, *rope_cos_sin(ages - now(layer, cache, rows), inv_freq))
+            pool.append(torch.cat((layer.beacons[rows], plain), dim=2))
+            there.append(torch.cat((layer.beacons[rows].any(-1), asked), dim=2))
+        pool, there = torch.cat(pool), torch.cat(there)  # (layers * R, H, N, D) and (.., N)
         picked = farthest(pool, there, self.beacons)[..., None]
         chosen = pool.gather(2, picked.clamp(min=0).expand(-1, -1, -1, pool.shape[3]))
-        layer.beacons[rows] = chosen.masked_fill(picked < 0, 0)
+        chosen = chosen.masked_fill(picked < 0, 0).split(len(rows))
+        for layer, beacons in zip(layers, chosen, strict=True):
+            layer.beacons[rows] = beacons
 
     def outliers(self, rooms: Tensor) -> Tensor:
         """How many of `rooms` tokens (R,) are kept as outliers, by each head."""

@@ -6,6 +6,7 @@ import random
 from itertools import pairwise
 from unittest import mock
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -531,6 +532,31 @@ def test_where_attention_is_lost(engine, prose, monkeypatch):
     assert lines[layers + 5].startswith("| 0 to 128 | 100.0 | ")
     looks, lost = (torch.tensor(results[1][name])[-1].sum() for name in ("looks", "lost"))
     assert lines[layers + 1].endswith(f"| {100 * lost / looks:.1f} |")
+
+
+@pytest.mark.parametrize("source", ["prose", "own"])
+def test_the_command_line_of_foresight(small, tmp_path, capsys, source, problems):
+    """From a checkpoint folder: three tables, and JSON with what each KV head lost."""
+    path = tmp_path / "out.json"
+    more = ["--own", problems, "--count", "4", "--tokens", "150"] if source == "own" else []
+    more = more or ["--tokens", "256"]
+    common = ["--model", str(small), "--texts", "1", "--budget", "25%", "--fade", "1"]
+    with mock.patch.object(foresight.own, "write", wordy):
+        foresight.main([*common, *more, "--choice", "random", "recall", "--json", str(path)])
+    out, facts = capsys.readouterr().out, json.loads(path.read_text())
+    assert [row["choice"] for row in facts["rows"]] == ["full", "random", "recall", "foresight 1"]
+    assert out.count("| of all looks | random 25% | recall 25% | foresight 1 25% |") == 2
+    assert np.shape(facts["lost"][0][0]["looks"]) == (3, 2)  # layers, KV heads
+    assert len(facts["lost"]) == 3
+    for wrong in (["--interval", "33"], ["--tokens", "100"]):
+        with pytest.raises(SystemExit):
+            foresight.main([*common, *wrong])
+
+
+def wordy(engine, prompts, *_):
+    """In place of own.write: an untrained model stops at random."""
+    asked = [engine.text.encode_prompt(prompt) for prompt in prompts]
+    return [own.Chain(ids, [(7 * n) % 90 + 3 for n in range(100)]) for ids in asked]
 
 
 @pytest.mark.parametrize("task", ["prose", "needle"])
