@@ -29,7 +29,7 @@ from ..policy import Pruner, Round, rank
 from ..rope import rope_cos_sin, rotate
 
 SAME = 0.999  # cosine above which two queries are one, rounded differently
-AT_ONCE = 8  # layers whose beacons are chosen together: few operations, and little memory
+AT_ONCE = 8  # layers, times sequences, whose beacons are chosen together; more fit no CPU's cache
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Recall(Pruner):
         rows = [row for row, n in enumerate(since) if prefilled or n % self.window == 0]
         if rows:
             index = to_device(rows, cache.device)
-            for first in range(0, len(cache.layers), AT_ONCE):
-                self.look(cache.layers[first : first + AT_ONCE], cache, index)
+            some = max(1, AT_ONCE // len(rows))
+            for first in range(0, len(cache.layers), some):
+                self.look(cache.layers[first : first + some], cache, index)
         return super().due(cache, prefilled)
 
     def look(self, layers: list[LayerCache], cache: KVCache, rows: Tensor) -> None:
