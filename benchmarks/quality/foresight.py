@@ -38,9 +38,10 @@ from benchmarks.quality.reading import CHUNK, SPLITS, Reader, stretches
 from benchmarks.quality.run import Bench, Own, Prose, make_cells, prose_readings, run_prose, table
 from lethe_mini import FullKV, Policy, Pruner, attention
 from lethe_mini.cache import KVCache, LayerCache
+from lethe_mini.policies import POLICIES
 
 SINK = 0.01  # of all mass of a head
-LOOK = 32  # tokens after which a chunk ends for Recall, and notes are taken for all
+LOOK = POLICIES["recall"].window  # a chunk ends there for Recall, and notes are taken for all
 AGES = [128, 256, 512, 1024]  # tokens since a key was read: where the next row begins
 Mass = list[Tensor]  # of every layer (H_kv, S)
 
@@ -161,10 +162,8 @@ def lost_table(head: str, names: list[str], found: list[tuple[str, list[dict]]],
     looks = total(found[0][1], "looks")
     lines = [f"| {head} | of all looks | " + " | ".join(choice for choice, _ in found) + " |"]
     lines.append("|---:|" + "---:|" * (len(found) + 1))
-    for row, share in zip(names, looks / looks.sum(), strict=True):
-        at = len(lines) - 2
-        cells = [f"{100 * x:.1f}" for x in (share, *(column[at] for column in columns))]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    for row, *shares in zip(names, looks / looks.sum(), *columns, strict=True):
+        lines.append(f"| {row} | " + " | ".join(f"{100 * x:.1f}" for x in shares) + " |")
     return "\n".join(lines)
 
 
@@ -222,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
     length, read = args.tokens, ForetoldOwn if args.own else Foretold
     if args.own:
         texts = own.texts(engine, args, bench.lines, bench.weights)
-        length = round(sum(len(text.ids) for text in texts) / len(texts))
+        length = own.mean_length(texts)
     else:
         texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
     cells = make_cells(args, length)

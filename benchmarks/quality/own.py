@@ -102,3 +102,8 @@ def texts(engine: Engine, args, lines: Lines, weights: str) -> list[Text]:
     if not found:
         raise UserError(f"no text has {args.tokens:,} tokens; ask for fewer, or for more problems")
     return found[: args.texts]
+
+
+def mean_length(texts: list[Text]) -> int:
+    """Tokens, of which a budget in percent is a share."""
+    return round(sum(len(text.ids) for text in texts) / len(texts))

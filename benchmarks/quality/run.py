@@ -469,8 +469,8 @@ def run(engine: Engine, args: argparse.Namespace) -> list[dict]:
     if args.task == "own":
         texts = own.texts(engine, args, bench.lines, bench.weights)
         args.prompt = max(text.prompt for text in texts)  # of the longest, for make_cells
-        mean = round(sum(len(text.ids) for text in texts) / len(texts))
-        return run_prose(bench, make_cells(args, mean), texts, args.block, args.rival, Own)
+        cells = make_cells(args, own.mean_length(texts))
+        return run_prose(bench, cells, texts, args.block, args.rival, Own)
     if args.task == "prose":
         texts = stretches(engine, args.split, args.seed, args.texts, args.tokens)
         return run_prose(bench, make_cells(args, args.tokens), texts, args.block, args.rival)
