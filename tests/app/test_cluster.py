@@ -69,25 +69,43 @@ def workers(of):
     return found
 
 
-def wait_for(folder, count, run):
-    """Until so many lines are there."""
-    while not folder.exists() or len(lines(folder)) < count:
+def wait_for(run, condition):
+    while not condition():
         assert run.poll() is None, "the command ended before"
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def written(folder, count):
+    return folder.exists() and len(lines(folder)) >= count
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers in Linux's /proc")
-def test_a_worker_that_is_killed_costs_no_text_and_doubles_none(prompts, plain, tmp_path):
+def test_a_worker_that_is_killed_costs_no_text_and_doubles_none(tmp_path):
     """Two workers of a local cluster, one killed half way: the lines are those of a plain run. Then
     Ctrl-C in a run that completes a half: what is there stays, and the next run adds the rest."""
     pytest.importorskip("ray.data")
-    folder, threads = tmp_path / "out", max(1, os.cpu_count() // 2)
+    prompts, folder = tmp_path / "p.jsonl", tmp_path / "out"
+    limits = range(20, 20 + 10 * COUNT, 10)  # so that no two texts of a batch end together
+    jobs = [
+        {"id": f"p{i}", "prompt": puzzle(i).prompt, "max_new_tokens": limit}
+        for i, limit in enumerate(limits)
+    ]
+    prompts.write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
+    output, threads = tmp_path / "plain.jsonl", max(1, os.cpu_count() // 2)
+    assert main(words(prompts, output, "--quiet")) == 0
+    plain = sorted(output.read_bytes().splitlines())
+
     argv = words(prompts, folder, "--ray", "local", "--threads", threads)
     run = tiny.command(*argv, stderr=subprocess.PIPE)
-    wait_for(folder, COUNT // 4, run)
-    both = workers(run.pid)
-    assert len(both) == 2
-    os.kill(both[0], signal.SIGKILL)
+    wait_for(run, lambda: written(folder, 3))
+    first = workers(run.pid)
+    for one in first:  # one may start seconds before the other: it is halted in its block till then
+        os.kill(one, signal.SIGSTOP)
+    wait_for(run, lambda: len(workers(run.pid)) == 2)
+    assert len(lines(folder)) < COUNT
+    os.kill(first[0], signal.SIGKILL)
+    for one in first[1:]:
+        os.kill(one, signal.SIGCONT)
     _, said = run.communicate(timeout=100)
     assert run.returncode == 0, said
     assert said.startswith(f"writing {COUNT} texts to {folder}\n".encode())
@@ -97,7 +115,7 @@ def test_a_worker_that_is_killed_costs_no_text_and_doubles_none(prompts, plain, 
     kept = lines(folder)[: COUNT // 2]
     (folder / "part-00000.jsonl").write_bytes(b"".join(line + b"\n" for line in kept))
     run = tiny.command(*argv, stderr=subprocess.PIPE)
-    wait_for(folder, COUNT // 2 + 2, run)
+    wait_for(run, lambda: written(folder, COUNT // 2 + 2))
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=100)
     assert run.returncode == 130, said
