@@ -12,13 +12,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; be
 
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from lethe_mini.checkpoint.demo import demo_folder
 from lethe_mini.errors import UserError
 
-settings.register_profile("default", deadline=None, derandomize=True)
-settings.register_profile("random", deadline=None, derandomize=False)
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("default", parent=untimed, derandomize=True)
+settings.register_profile("random", parent=untimed, derandomize=False)
 settings.register_profile("long", parent=settings.get_profile("random"), max_examples=20_000)
 settings.register_profile(  # the first failure as it comes
     "brief",
