@@ -6,6 +6,7 @@ demo checkpoint that cannot be fetched is a failure, not a skip.
 """
 
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; before torch comes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +29,9 @@ settings.register_profile(  # the first failure as it comes
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# A run in the background may ignore Ctrl-C, and a process that it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

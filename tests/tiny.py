@@ -140,13 +140,7 @@ def folder(path, eos=(257,), template=TEMPLATE, **changes):
     return path
 
 
-# Where the tests run in the background Ctrl-C may be ignored, and a process inherits that.
-MAIN = """
-import signal, sys
-from lethe_mini.app.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main())
-"""
+MAIN = "import sys; from lethe_mini.app.cli import main; sys.exit(main())"
 
 
 def command(*argv, **options):

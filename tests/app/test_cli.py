@@ -593,14 +593,10 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of
 
 
 def started(model, *arguments, **options):
-    """A run of many tokens in a process of its own, whose Ctrl-C works even where ours does not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command = [sys.executable, ROOT / "generate.py", "--model", model, *arguments]
-        # Unbuffered: `communicate` would not see what a buffered read(1) had taken already.
-        return subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, **options)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    """A run of many tokens in a process of its own."""
+    command = [sys.executable, ROOT / "generate.py", "--model", model, *arguments]
+    # Unbuffered: `communicate` would not see what a buffered read(1) had taken already.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, **options)
 
 
 def taken(run, count):

@@ -657,11 +657,9 @@ def test_an_interrupt_in_on_finish_counts_nothing_twice():
 
 @pytest.fixture
 def pythons_ctrl_c():
-    """Python's own handler of Ctrl-C, which a run in the background may lack."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Python's own handler of Ctrl-C is there again afterwards."""
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
 
 
 def pressing(at, times=1):
