@@ -11,7 +11,7 @@ Three things know of it. Two are queries turned by RoPE to another time:
 The third needs no query: a value far from the mean of its head's says what few tokens say, and a
 fact that is stated once is made of such. These *outliers* have places of their own in each head. Of
 the places left a fifth goes to marks, the rest to beacons. There all layers and heads draw from the
-same places, so a layer that is wanted more holds more.
+same places. A layer holds what its head with most places needs, for its heads hold equally many.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Recall(Pruner):
     marked_ratio: float = option(0.2, "share of what outliers leave that marks give", 0, 1)
     after: int = option(256, "tokens until what is marked is asked for", low=0)
     kernel: int = option(9, "slots that share a mark, or how far they lie out; odd", low=1)
-    even_share: float = option(0.3, "part of all but marks that layers share evenly", 0, 1)
+    even_share: float = option(0.3, "part of places by beacons that heads share evenly", 0, 1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,13 +146,13 @@ class Recall(Pruner):
         return layer.store["wanted"][:, :, : layer.length]
 
     def weights(self, cache: KVCache, sparsity: Tensor | None) -> Tensor:
-        """A layer's part: its places by marks; those by beacons, partly evened out."""
+        """A layer's part: the places of its head with most, those by beacons partly evened out."""
         first, room = self.rooms(cache, list(range(len(cache.seen))))
         wanted = [layer.store["wanted"] for layer in cache.layers]
-        marked = torch.stack([(x >= 1).sum(2).float().mean(1) for x in wanted], dim=1)
-        placed = torch.stack([(x >= 0.5).sum(2).float().mean(1) for x in wanted], dim=1)
-        rest = placed - marked + (first + self.recent(room) + self.outliers(room))[:, None]
-        return marked + torch.lerp(rest, rest.mean(1, keepdim=True), self.even_share)
+        marked = torch.stack([(x >= 1).sum(2).float() for x in wanted], dim=1)  # (B, L, H_kv)
+        rest = torch.stack([(x >= 0.5).sum(2).float() for x in wanted], dim=1) - marked
+        rest = rest.lerp(rest.mean((1, 2), keepdim=True), self.even_share)
+        return (marked + rest).amax(2) + (first + self.recent(room) + self.outliers(room))[:, None]
 
     def rooms(self, cache: KVCache, rows: list[int]) -> tuple[Tensor, Tensor]:
         """(R,) each: positions that are protected, and how many tokens a layer keeps beside them if
