@@ -30,22 +30,31 @@ def words(prompts, output, *more):
     return [str(word) for word in argv]
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    """A file of puzzles, some with a limit of their own."""
+def puzzles(folder, limits):
+    """A file of puzzles, some with a limit of their own: by number."""
     lines = [{"id": f"p{i}", "prompt": puzzle(i).prompt} for i in range(COUNT)]
-    lines[7]["max_new_tokens"] = 9
-    path = tmp_path_factory.mktemp("cluster") / "p.jsonl"
+    for i, limit in limits.items():
+        lines[i]["max_new_tokens"] = limit
+    path = folder / "p.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
-@pytest.fixture(scope="module")
-def plain(prompts):
+def without_ray(prompts):
     """The lines of a run without Ray, sorted."""
     output = prompts.with_name("plain.jsonl")
     assert main(words(prompts, output, "--quiet")) == 0
     return sorted(output.read_bytes().splitlines())
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return puzzles(tmp_path_factory.mktemp("cluster"), {7: 9})
+
+
+@pytest.fixture(scope="module")
+def plain(prompts):
+    return without_ray(prompts)
 
 
 def lines(folder):
@@ -84,17 +93,10 @@ def test_a_worker_that_is_killed_costs_no_text_and_doubles_none(tmp_path):
     """Two workers of a local cluster, one killed half way: the lines are those of a plain run. Then
     Ctrl-C in a run that completes a half: what is there stays, and the next run adds the rest."""
     pytest.importorskip("ray.data")
-    prompts, folder = tmp_path / "p.jsonl", tmp_path / "out"
-    limits = range(20, 20 + 10 * COUNT, 10)  # so that no two texts of a batch end together
-    jobs = [
-        {"id": f"p{i}", "prompt": puzzle(i).prompt, "max_new_tokens": limit}
-        for i, limit in enumerate(limits)
-    ]
-    prompts.write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
-    output, threads = tmp_path / "plain.jsonl", max(1, os.cpu_count() // 2)
-    assert main(words(prompts, output, "--quiet")) == 0
-    plain = sorted(output.read_bytes().splitlines())
-
+    # No two texts of a batch end together, so that there is a middle to interrupt.
+    prompts = puzzles(tmp_path, {i: 20 + 10 * i for i in range(COUNT)})
+    plain = without_ray(prompts)
+    folder, threads = tmp_path / "out", max(1, os.cpu_count() // 2)
     argv = words(prompts, folder, "--ray", "local", "--threads", threads)
     run = tiny.command(*argv, stderr=subprocess.PIPE)
     wait_for(run, lambda: written(folder, 3))
