@@ -101,46 +101,49 @@ class Recall(Pruner):
         for layer, beacons in zip(layers, chosen, strict=True):
             layer.beacons[rows] = beacons
 
-    def outliers(self, rooms: Tensor) -> Tensor:
-        """How many of `rooms` tokens (R,) are kept as outliers, by each head."""
-        return part(self.outlier_ratio, rooms - self.recent(rooms))
-
-    def always(self, layer: LayerCache, rows: Tensor, protected: Tensor, rooms: Tensor) -> Tensor:
-        """And each head's outliers among the others."""
-        kept = super().always(layer, rows, protected, rooms)  # (R, H_kv, S)
-        valid = layer.valid()[rows]
-        far = outlying(layer.values[rows], valid)
-        far = F.avg_pool1d(far, self.kernel, 1, self.kernel // 2)
-        order = rank(far, valid & ~kept)
-        first = torch.arange(layer.length, device=rows.device) < self.outliers(rooms)[:, None, None]
-        return kept | kept.scatter(-1, order, first.expand_as(kept)) & valid
-
     def round(self, cache: KVCache, due: list[bool]) -> Round:
-        """Before a round, how much every token is wanted, in [0, 2]: of a place by its mark one
-        more than the mark; by beacons at least a half where it has a place among all layers'."""
+        """Before a round, how much every token is wanted, in [0, 3]: an outlier two and more; of a
+        place by its mark one more than the mark; by beacons at least a half where it has a place
+        among all layers'."""
         rows = [row for row, ready in enumerate(due) if ready]
         index, (first, room) = to_device(rows, cache.device), self.rooms(cache, rows)
-        places = room - self.recent(room) - self.outliers(room)
-        places = places * len(cache.layers) * cache.layers[0].keys.shape[1]
-        marked, asked = [], []
-        for layer in cache.layers:
-            S, valid = layer.length, layer.valid()[index]
-            turn = rope_cos_sin(now(layer, cache, index), layer.inv_freq.float())
-            beacons = rotate(layer.beacons[index], *turn)
-            most = largest_attention(beacons, beacons.any(-1), layer.keys[index], valid)
-            fixed = self.always(layer, index, first, room) | ~valid
-            marks = layer.store["marks"][index, :, :S]
-            marks = F.max_pool1d(marks, self.kernel, 1, self.kernel // 2)
-            marked.append(marks.masked_fill(fixed, 0))
-            asked.append(most.masked_fill(fixed, 0))
+        left = room - self.recent(room)
+        outliers = part(self.outlier_ratio, left)
+        places = (left - outliers) * len(cache.layers) * cache.layers[0].keys.shape[1]
         by_marks = part(self.marked_ratio, places)
+        far, marked, asked = [], [], []
+        for layer in cache.layers:
+            free = layer.valid()[index] & ~self.always(layer, index, first, room)
+            far.append(self.outlying(layer, index, free, outliers))
+            free = free & (far[-1] == 0)
+            marks, most = self.wishes(layer, cache, index)
+            marked.append(marks.masked_fill(~free, 0))
+            asked.append(most.masked_fill(~free, 0))
         top = threshold(marked, by_marks)
         rest = [x.masked_fill(marks >= top, 0) for x, marks in zip(asked, marked, strict=True)]
         least = threshold(rest, places - by_marks)
-        for layer, x, marks in zip(cache.layers, asked, marked, strict=True):
+        for layer, out, marks, x in zip(cache.layers, far, marked, asked, strict=True):
             wanted = torch.where(marks >= top, 1 + marks, x / (x + least))
+            wanted = torch.where(out > 0, 3 - 1 / (1 + out), wanted)
             layer.store["wanted"][index, :, : layer.length] = wanted
         return super().round(cache, due)
+
+    def outlying(self, layer: LayerCache, rows: Tensor, free: Tensor, n: Tensor) -> Tensor:
+        """(R, H_kv, S) float32: how far out the values lie that are each head's `n` (R,)
+        farthest of the `free`; 0 elsewhere."""
+        far = distance(layer.values[rows], layer.valid()[rows])
+        far = F.avg_pool1d(far, self.kernel, 1, self.kernel // 2)
+        first = torch.arange(layer.length, device=rows.device) < n[:, None, None]
+        out = torch.zeros_like(free).scatter(-1, rank(far, free), first.expand_as(free))
+        return far.masked_fill(~(out & free), 0)
+
+    def wishes(self, layer: LayerCache, cache: KVCache, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, H_kv, S) float32 each: every key's mark, and the most that a beacon pays it now."""
+        marks = layer.store["marks"][rows, :, : layer.length]
+        marks = F.max_pool1d(marks, self.kernel, 1, self.kernel // 2)
+        turn = rope_cos_sin(now(layer, cache, rows), layer.inv_freq.float())
+        beacons, valid = rotate(layer.beacons[rows], *turn), layer.valid()[rows]
+        return marks, largest_attention(beacons, beacons.any(-1), layer.keys[rows], valid)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
         return layer.store["wanted"][:, :, : layer.length]
@@ -152,7 +155,7 @@ class Recall(Pruner):
         marked = torch.stack([(x >= 1).sum(2).float() for x in wanted], dim=1)  # (B, L, H_kv)
         rest = torch.stack([(x >= 0.5).sum(2).float() for x in wanted], dim=1) - marked
         rest = rest.lerp(rest.mean((1, 2), keepdim=True), self.even_share)
-        return (marked + rest).amax(2) + (first + self.recent(room) + self.outliers(room))[:, None]
+        return (marked + rest).amax(2) + (first + self.recent(room))[:, None]
 
     def rooms(self, cache: KVCache, rows: list[int]) -> tuple[Tensor, Tensor]:
         """(R,) each: positions that are protected, and how many tokens a layer keeps beside them if
@@ -196,19 +199,19 @@ def largest_attention(queries: Tensor, there: Tensor, keys: Tensor, valid: Tenso
     groups = (keys.shape[1], -1)
     queries, there = (x.unflatten(1, groups).flatten(2, 3) for x in (queries, there))
     queries = queries * keys.shape[3] ** -0.5
-    most = torch.zeros(keys.shape[:3], device=keys.device)
+    most, beyond = torch.zeros(keys.shape[:3], device=keys.device), ~valid[:, :, None]
     for some, exist in zip(queries.split(BLOCK, 2), there.split(BLOCK, 2), strict=True):
-        logits = torch.matmul(some, keys.mT).float().masked_fill(~valid[:, :, None], -torch.inf)
+        logits = torch.matmul(some, keys.mT).float().masked_fill_(beyond, -torch.inf)
         most = most.maximum((logits.softmax(-1) * exist[..., None]).amax(2))
     return most
 
 
-def outlying(values: Tensor, valid: Tensor) -> Tensor:
+def distance(values: Tensor, valid: Tensor) -> Tensor:
     """How far each value lies from the mean of its head's, (R, H_kv, S) float32; 0 where there is
     none. values: (R, H_kv, S, D); valid: (R, 1, S) bool."""
-    there = valid[..., None].float()
-    mean = (values.float() * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
-    return ((values.float() - mean) * there).norm(dim=-1)
+    there, values = valid[..., None].float(), values.float()
+    mean = there.mT @ values / there.sum(2, keepdim=True).clamp(min=1)
+    return torch.linalg.vector_norm(values - mean, dim=-1) * valid
 
 
 def threshold(layers: list[Tensor], places: Tensor) -> Tensor:

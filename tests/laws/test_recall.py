@@ -16,7 +16,7 @@ from lethe_mini import UserError
 from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.rope import inverse_frequencies
 from lethe_mini.policies import Recall
-from lethe_mini.policies.recall import farthest, largest_attention, outlying, threshold
+from lethe_mini.policies.recall import distance, farthest, largest_attention, threshold
 
 H, KV, D, L = 4, 2, 6, 2
 INV_FREQ = inverse_frequencies("default", 1e6, D, {})
@@ -194,7 +194,7 @@ def test_a_layer_that_is_wanted_more_holds_more():
 
 @given(st.integers(1, 3), st.integers(0, 12), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 99))
 def test_a_layer_s_part_is_what_its_head_with_most_places_has(R, S, share, seed):
-    """Places by beacons are evened out over all heads of all layers; places by marks are not."""
+    """Places by beacons are evened out over all heads of all layers, no others."""
     g = torch.Generator().manual_seed(seed)
     policy = Recall(budget=20, interval=4, protect_prompt=False, even_share=share)
     cache = new_cache(policy, batch=R)
@@ -202,18 +202,18 @@ def test_a_layer_s_part_is_what_its_head_with_most_places_has(R, S, share, seed)
     cache.count(S)
     cache.next.add_(S)
     for layer in cache.layers:
-        layer.store["wanted"][:, :, :S] = 2 * torch.rand(R, KV, S, generator=g)
+        layer.store["wanted"][:, :, :S] = 3 * torch.rand(R, KV, S, generator=g)
     found = policy.weights(cache, None)
     assert found.shape == (R, L)
     room = torch.tensor(20 - policy.sinks)  # of each head
-    always = policy.sinks + int(policy.recent(room) + policy.outliers(room))
+    always = policy.sinks + int(policy.recent(room))
     for r in range(R):
         wanted = [layer.store["wanted"][r].tolist() for layer in cache.layers]
-        marked = [[sum(x >= 1 for x in head) for head in heads] for heads in wanted]
+        placed = [[sum(x >= 1 for x in head) for head in heads] for heads in wanted]
         rest = [[sum(0.5 <= x < 1 for x in head) for head in heads] for heads in wanted]
         mean = sum(map(sum, rest)) / (L * KV)
         for layer in range(L):
-            pairs = zip(marked[layer], rest[layer], strict=True)
+            pairs = zip(placed[layer], rest[layer], strict=True)
             most = max(m + (1 - share) * x + share * mean for m, x in pairs)
             assert float(found[r, layer]) == pytest.approx(always + most, rel=1e-5)
 
@@ -224,7 +224,7 @@ def test_how_far_a_value_lies_out_is_the_loops(R, S, seed):
     values = torch.randn(R, KV, S, D, generator=g)
     lengths = torch.randint(1, S + 1, (R,), generator=g)
     valid = (torch.arange(S) < lengths[:, None])[:, None]
-    found = outlying(values, valid)
+    found = distance(values, valid)
     for r in range(R):
         n = int(lengths[r])
         for head in range(KV):
