@@ -132,7 +132,8 @@ class Recall(Pruner):
         """(R, H_kv, S) float32: how far out the values lie that are each head's `n` (R,)
         farthest of the `free`; 0 elsewhere."""
         far = distance(layer.values[rows], layer.valid()[rows])
-        far = F.avg_pool1d(far, self.kernel, 1, self.kernel // 2)
+        # In the first layer equal tokens have equal values; rounding must not choose among them.
+        far = F.avg_pool1d(far, self.kernel, 1, self.kernel // 2).bfloat16().float()
         first = torch.arange(layer.length, device=rows.device) < n[:, None, None]
         out = torch.zeros_like(free).scatter(-1, rank(far, free), first.expand_as(free))
         return far.masked_fill(~(out & free), 0)
