@@ -102,10 +102,13 @@ class Recall(Pruner):
             layer.beacons[rows] = beacons
 
     def round(self, cache: KVCache, due: list[bool]) -> Round:
-        """Before a round, how much every token is wanted, in [0, 3]: an outlier two and more; of a
-        place by its mark one more than the mark; by beacons at least a half where it has a place
-        among all layers'."""
-        rows = [row for row, ready in enumerate(due) if ready]
+        self.weigh(cache, [row for row, ready in enumerate(due) if ready])
+        return super().round(cache, due)
+
+    def weigh(self, cache: KVCache, rows: list[int]) -> None:
+        """Writes how much every token of these sequences is wanted, in [0, 3]: an outlier two and
+        more; of a place by its mark one more than the mark; by beacons at least a half where it has
+        a place among all layers'."""
         index, (first, room) = to_device(rows, cache.device), self.rooms(cache, rows)
         left = room - self.recent(room)
         outliers = part(self.outlier_ratio, left)
@@ -126,7 +129,6 @@ class Recall(Pruner):
             wanted = torch.where(marks >= top, 1 + marks, x / (x + least))
             wanted = torch.where(out > 0, 3 - 1 / (1 + out), wanted)
             layer.store["wanted"][index, :, : layer.length] = wanted
-        return super().round(cache, due)
 
     def outlying(self, layer: LayerCache, rows: Tensor, free: Tensor, n: Tensor) -> Tensor:
         """(R, H_kv, S) float32: how far out the values lie that are each head's `n` (R,)

@@ -1,6 +1,5 @@
 """Caches that hold noise, and what a round on them should keep. L = 3, H = 6, H_kv = 2, D = 10."""
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from small_policies import protected_of
 
 from lethe_mini.cache import KVCache
 from lethe_mini.checkpoint.rope import inverse_frequencies
-from lethe_mini.policies import LethePlus
+from lethe_mini.policies import LethePlus, Recall
 from lethe_mini.policy import Lethe, Pruner
 
 FEW = settings(max_examples=max(5, settings.default.max_examples // 10))
@@ -75,22 +74,22 @@ def shares_of(policy, cache):
 
 
 def right_choice(policy, cache, due):
-    """What the round should keep, [layer][row][head], by the oracle, from the importance and the
-    shares of a round on a copy: a policy may weigh tokens only then."""
-    done = policy.round(copy.deepcopy(cache), due)
-    kept = held_positions(cache)
-    for layer, held, shares, importance in zip(
-        cache.layers, kept, done.shares, done.importance, strict=True
-    ):
-        for row, share, all_scores in zip(done.rows, shares, importance.tolist(), strict=True):
+    """What the round should keep, [layer][row][head], by the oracle, from the policy's scores."""
+    if isinstance(policy, Recall):  # the others' are there before a round
+        policy.weigh(cache, [row for row, ready in enumerate(due) if ready])
+    before, shares, kept = held_positions(cache), shares_of(policy, cache), []
+    for layer, held, share in zip(cache.layers, before, shares, strict=True):
+        importance = policy.importance(layer, cache)
+        kept.append(list(held))
+        for row in (row for row, ready in enumerate(due) if ready):
             positions = held[row]
-            scores = [head[: len(positions[0])] for head in all_scores]
+            scores = [head[: len(positions[0])] for head in importance[row].tolist()]
             scores = scores * len(positions) if len(scores) == 1 else scores
-            stay = right_always(policy, layer, cache, row, share, positions)
+            stay = right_always(policy, layer, cache, row, share[row], positions)
             salient = right_salient(policy, layer, row, scores)
-            chosen = oracles.prune(scores, stay, share, salient)
+            chosen = oracles.prune(scores, stay, share[row], salient)
             pairs = zip(positions, chosen, strict=True)
-            held[row] = [[head[slot] for slot in slots] for head, slots in pairs]
+            kept[-1][row] = [[head[slot] for slot in slots] for head, slots in pairs]
     return kept
 
 
