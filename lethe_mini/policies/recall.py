@@ -116,10 +116,11 @@ class Recall(Pruner):
         by_marks = part(self.marked_ratio, places)
         far, marked, asked = [], [], []
         for layer in cache.layers:
-            free = layer.valid()[index] & ~self.always(layer, index, first, room)
-            far.append(self.outlying(layer, index, free, outliers))
+            valid = layer.valid()[index]
+            free = valid & ~self.always(layer, index, first, room)
+            far.append(self.outlying(layer.values[index], valid, free, outliers))
             free = free & (far[-1] == 0)
-            marks, most = self.wishes(layer, cache, index)
+            marks, most = self.wishes(layer, cache, index, valid)
             marked.append(marks.masked_fill(~free, 0))
             asked.append(most.masked_fill(~free, 0))
         top = threshold(marked, by_marks)
@@ -130,22 +131,22 @@ class Recall(Pruner):
             wanted = torch.where(out > 0, 3 - 1 / (1 + out), wanted)
             layer.store["wanted"][index, :, : layer.length] = wanted
 
-    def outlying(self, layer: LayerCache, rows: Tensor, free: Tensor, n: Tensor) -> Tensor:
+    def outlying(self, values: Tensor, valid: Tensor, free: Tensor, n: Tensor) -> Tensor:
         """(R, H_kv, S) float32: how far out the values lie that are each head's `n` (R,)
         farthest of the `free`; 0 elsewhere."""
-        far = distance(layer.values[rows], layer.valid()[rows])
+        far = distance(values, valid)
         # In the first layer equal tokens have equal values; rounding must not choose among them.
         far = F.avg_pool1d(far, self.kernel, 1, self.kernel // 2).bfloat16().float()
-        first = torch.arange(layer.length, device=rows.device) < n[:, None, None]
+        first = torch.arange(free.shape[2], device=free.device) < n[:, None, None]
         out = torch.zeros_like(free).scatter(-1, rank(far, free), first.expand_as(free))
         return far.masked_fill(~(out & free), 0)
 
-    def wishes(self, layer: LayerCache, cache: KVCache, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def wishes(self, layer: LayerCache, cache: KVCache, rows: Tensor, valid: Tensor):
         """(R, H_kv, S) float32 each: every key's mark, and the most that a beacon pays it now."""
         marks = layer.store["marks"][rows, :, : layer.length]
         marks = F.max_pool1d(marks, self.kernel, 1, self.kernel // 2)
         turn = rope_cos_sin(now(layer, cache, rows), layer.inv_freq.float())
-        beacons, valid = rotate(layer.beacons[rows], *turn), layer.valid()[rows]
+        beacons = rotate(layer.beacons[rows], *turn)
         return marks, largest_attention(beacons, beacons.any(-1), layer.keys[rows], valid)
 
     def importance(self, layer: LayerCache, cache: KVCache) -> Tensor:
@@ -155,10 +156,10 @@ class Recall(Pruner):
         """A layer's part: the places of its head with most, those by beacons partly evened out."""
         first, room = self.rooms(cache, list(range(len(cache.seen))))
         wanted = [layer.store["wanted"] for layer in cache.layers]
-        marked = torch.stack([(x >= 1).sum(2).float() for x in wanted], dim=1)  # (B, L, H_kv)
-        rest = torch.stack([(x >= 0.5).sum(2).float() for x in wanted], dim=1) - marked
+        placed = torch.stack([(x >= 1).sum(2).float() for x in wanted], dim=1)  # (B, L, H_kv)
+        rest = torch.stack([(x >= 0.5).sum(2).float() for x in wanted], dim=1) - placed
         rest = rest.lerp(rest.mean((1, 2), keepdim=True), self.even_share)
-        return (marked + rest).amax(2) + (first + self.recent(room))[:, None]
+        return (placed + rest).amax(2) + (first + self.recent(room))[:, None]
 
     def rooms(self, cache: KVCache, rows: list[int]) -> tuple[Tensor, Tensor]:
         """(R,) each: positions that are protected, and how many tokens a layer keeps beside them if
